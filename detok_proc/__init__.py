@@ -1,0 +1,1 @@
+"""The detokenizer stage: token ids to text, stop strings, logprob texts."""

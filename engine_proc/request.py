@@ -1,0 +1,72 @@
+"""One sequence (one choice of one request) as the engine sees it. No torch here.
+
+A sequence is described by counts, not by phases: prefill, decode and chunk follow from `num_computed` (tokens whose
+KV is in the cache), `num_scheduled` (those plus what steps in flight compute) and `len(tokens)`.
+"""
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from pipeline.messages import Add, Finish, Route
+from pipeline.params import DetokSpec, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, KV blocks and sampling state of one choice; owned by the engine, changed only in `collect`."""
+
+    rid: int
+    route: Route
+    choice: int
+    tokens: array[int]                       # prompt ids, then output ids (a continuation's history included)
+    num_prompt: int                          # length of the prompt proper
+    sampling: SamplingParams
+    detok: DetokSpec
+    max_total: int                           # prompt + output tokens may not pass this
+    deadline_ns: int = 0
+    priority: int = 0
+    salt: bytes = b""
+    alone: bool = False
+    arrival: int = 0                         # order of admission
+    num_history: int = 0                     # output ids that came with a continuation
+    num_computed: int = 0                    # tokens with KV in the cache
+    num_scheduled: int = 0                   # num_computed + what steps in flight compute
+    num_in_flight: int = 0                   # steps launched and not collected that hold this sequence
+    num_sent: int = 0                        # output ids already sent to the detokenizer
+    num_cached: int = 0                      # prompt tokens found in the prefix cache at first scheduling
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)   # chain hashes of the full blocks of `tokens`
+    leader: Sequence | None = None           # wait until this sibling's prompt is computed, then share its blocks
+    opened: bool = False                     # Open was sent to the detokenizer
+    preemptions: int = 0
+    finish: Finish = Finish.RUNNING
+    stop_id: int | None = None
+    aborted: bool = False                    # marked; applied at the next collect
+    slot: int = -1                           # row of the runner's sampler state; -1: none
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether tokens before the last are still to be computed."""
+        return self.num_computed < len(self.tokens) - 1
+
+    @property
+    def finished(self) -> bool:
+        return self.finish is not Finish.RUNNING
+
+    @classmethod
+    def of(cls, add: Add, j: int, arrival: int, max_model_len: int) -> Sequence:
+        """Child `j` of an Add. ValueError for ids that are no multiple of four bytes."""
+        tokens = array("I")
+        tokens.frombytes(add.ids)
+        num_prompt = len(tokens)
+        tokens.frombytes(add.history)
+        return cls(
+            rid=add.rid + j, route=add.route, choice=add.choice + j, tokens=tokens, num_prompt=num_prompt,
+            sampling=add.sampling, detok=add.detok, deadline_ns=add.deadline_ns, priority=add.priority,
+            salt=add.salt, alone=add.alone, arrival=arrival, num_history=len(tokens) - num_prompt,
+            num_sent=len(tokens) - num_prompt, max_total=min(max_model_len, num_prompt + add.sampling.max_tokens))

@@ -1,0 +1,1 @@
+"""The HTTP stage: schemas, routes, streaming, admission and the request table."""

@@ -1,0 +1,399 @@
+"""Every message and record that crosses a socket between stages: the closed registry of types.
+
+Positional arrays ``[type, field, ...]``; fields are appended only, with defaults; numbers are never reused. Token ids
+travel as bytes of little-endian uint32 (`pack_ids`). Which socket carries which message: docs/structures.md.
+"""
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from pipeline.params import DetokSpec, SamplingParams
+from pipeline.schema import i64, u8, u16, u32, u64
+
+PROTOCOL = 1
+assert sys.byteorder == "little" and array("I").itemsize == 4
+
+
+def pack_ids(ids: Iterable[int]) -> bytes:
+    """Token ids as little-endian uint32; OverflowError for anything outside."""
+    return (ids if isinstance(ids, array) and ids.typecode == "I" else array("I", ids)).tobytes()
+
+
+def unpack_ids(data: bytes) -> array[int]:
+    """The inverse of pack_ids; ValueError when the length is no multiple of 4."""
+    ids = array("I")
+    ids.frombytes(data)
+    return ids
+
+
+def pack_rids(rids: Iterable[int]) -> bytes:
+    return array("Q", rids).tobytes()
+
+
+def unpack_rids(data: bytes) -> array[int]:
+    rids = array("Q")
+    rids.frombytes(data)
+    return rids
+
+
+class Kind(IntEnum):
+    """The kinds of stage, in the order in which a drain stops them."""
+
+    FRONTEND = 0
+    TOKENIZER = 1
+    ENGINE = 2
+    DETOKENIZER = 3
+    LAUNCHER = 4
+
+
+class State(IntEnum):
+    STARTING = 0
+    READY = 1
+    DRAINING = 2
+
+
+class Finish(IntEnum):
+    """Why a choice ended; RUNNING while it goes on."""
+
+    RUNNING = 0
+    EOS = 1
+    STOP_ID = 2
+    STOP_STRING = 3
+    LENGTH = 4
+    ABORT = 5
+    ERROR = 6
+
+
+class AbortReason(IntEnum):
+    CLIENT_GONE = 0
+    SLOW_CLIENT = 1
+    DEADLINE = 2
+    SHUTDOWN = 3
+    STAGE_LOST = 4
+    ORPHAN = 5
+    ERROR = 6
+
+
+# ---- records inside messages -------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Route:
+    """Which process serves a submission: index and epoch of each stage. A record for an older epoch is dropped."""
+
+    tokenizer: u16
+    tokenizer_epoch: u32
+    engine: u16
+    engine_epoch: u32
+    detok: u16
+    detok_epoch: u32
+
+
+@dataclass(slots=True)
+class Chat:
+    """What a chat template needs; the JSON is opaque to everyone but the tokenizer."""
+
+    messages_json: bytes
+    tools_json: bytes = b""
+    kwargs_json: bytes = b""            # chat_template_kwargs
+    template: str | None = None         # a request's own template, where trusted
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    documents_json: bytes = b""
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: u32
+    cached_tokens: u32
+    completion_tokens: u32
+
+
+@dataclass(slots=True)
+class Logprobs:
+    """Log-probabilities of n tokens, each with its k best. The detokenizer adds the token's bytes."""
+
+    k: u32                              # entries per token in top_*
+    values: bytes                       # float32 [n]; NaN where there is none (first prompt token)
+    ranks: bytes                        # uint32 [n], 1 = the best
+    top_ids: bytes                      # uint32 [n, k], best first
+    top_values: bytes                   # float32 [n, k]
+    tokens: list[bytes] = field(default_factory=list)      # [n], filled by the detokenizer
+    top_tokens: list[bytes] = field(default_factory=list)  # [n * k], filled by the detokenizer
+
+
+@dataclass(slots=True)
+class Add:
+    """tokenizer -> engine: n choices of one prompt. Child j of `rid` is choice `choice + j`.
+
+    `history` is the output so far of a continuation: prompt for the KV cache, output for everything else.
+    """
+
+    rid: u64
+    route: Route
+    n: u8
+    choice: u8
+    ids: bytes                          # uint32, the prompt
+    history: bytes                      # uint32
+    sampling: SamplingParams
+    detok: DetokSpec
+    deadline_ns: u64                    # monotonic; 0: none
+    priority: i64
+    salt: bytes                         # separates prefix caches
+    alone: bool = False                 # run with no neighbour: its engine died under it twice
+
+
+@dataclass(slots=True)
+class Open:
+    """engine -> detokenizer: a new choice, ahead of its first ids."""
+
+    rid: u64
+    spec: DetokSpec
+    left: bytes                         # uint32: the last few prompt ids (the whole prompt with echo or prompt logprobs)
+    history: bytes                      # uint32: replayed silently
+
+
+@dataclass(slots=True)
+class TokenOut:
+    """engine -> detokenizer: what one step gave one choice. A finish other than RUNNING closes its entry."""
+
+    rid: u64
+    start: u32                          # index of the first id among the choice's output ids
+    ids: bytes                          # uint32, may be empty
+    finish: u8 = 0
+    stop_id: i64 | None = None          # with Finish.STOP_ID
+    logprobs: Logprobs | None = None    # of `ids`
+    prompt_logprobs: Logprobs | None = None
+    usage: Usage | None = None          # with the first ids and with the finish
+
+
+@dataclass(slots=True)
+class TextDelta:
+    """detokenizer -> frontend: text that follows `offset` characters, and the ids that it came from."""
+
+    rid: u64
+    offset: u32                         # characters sent before
+    text: str
+    start: u32                          # output ids sent before
+    ids: bytes                          # uint32
+    finish: u8 = 0
+    stop: str | i64 | None = None       # the stop string or stop id that ended it
+    logprobs: Logprobs | None = None
+    prompt_text: str | None = None      # with echo: ahead of the first text
+    prompt_logprobs: Logprobs | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True)
+class AdmittedItem:
+    rid: u64                            # the family: from here on the tokenizer holds nothing of it
+    ids: bytes                          # uint32, the prompt
+
+
+@dataclass(slots=True)
+class FailedItem:
+    rid: u64                            # a child, or the family for all of its children
+    code: str                           # of errors.CATALOGUE
+    message: str                        # safe to show
+    param: str | None = None
+
+
+@dataclass(slots=True)
+class Load:
+    """An engine's load, as its beacon tells it."""
+
+    running: u32 = 0
+    waiting: u32 = 0
+    waiting_tokens: u64 = 0
+    kv_used: u32 = 0                    # blocks
+    kv_total: u32 = 0                   # blocks
+    outstanding_bytes: u64 = 0          # tokenizers: bytes of text waiting
+
+
+@dataclass(slots=True)
+class MetricSample:
+    name: str
+    labels: list[str]                   # name, value, name, value ...
+    value: float
+
+
+@dataclass(slots=True)
+class MetricFamily:
+    name: str
+    type: str
+    help: str
+    samples: list[MetricSample]
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+@dataclass(slots=True)
+class Submit:
+    """frontend -> tokenizer: one prompt with n choices. Exactly one of `text`, `chat`, `ids` is the prompt."""
+
+    rid: u64
+    route: Route
+    model: u8                           # index into ServerConfig.models
+    n: u8
+    choice: u8                          # number of the first choice (continuations carry one choice)
+    text: str | None
+    chat: Chat | None
+    ids: bytes                          # uint32
+    history: bytes                      # uint32
+    add_special: bool
+    truncate: i64 | None                # keep the last N prompt tokens; -1: what the context allows
+    sampling: SamplingParams
+    detok: DetokSpec
+    deadline_ns: u64
+    priority: i64 = 0
+    salt: bytes = b""
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class TokenizeQuery:
+    """frontend -> tokenizer: POST /tokenize. Exactly one of `text` and `chat`."""
+
+    rid: u64
+    tokenizer_epoch: u32
+    model: u8
+    text: str | None
+    chat: Chat | None
+    add_special: bool
+    want_strings: bool
+
+
+@dataclass(slots=True)
+class DetokenizeQuery:
+    rid: u64
+    tokenizer_epoch: u32
+    model: u8
+    ids: bytes
+
+
+@dataclass(slots=True)
+class TokenizeAnswer:
+    """tokenizer -> frontend."""
+
+    rid: u64
+    ids: bytes
+    strings: list[str] | None
+
+
+@dataclass(slots=True)
+class DetokenizeAnswer:
+    rid: u64
+    text: str
+
+
+@dataclass(slots=True)
+class Abort:
+    """frontend -> tokenizer (data pipe) and -> engine (control socket). A family id covers its children."""
+
+    rids: bytes                         # uint64
+    reason: u8
+
+
+@dataclass(slots=True)
+class StopHit:
+    """detokenizer -> engine (control socket): a stop string ended the choice after `n_tokens` output tokens."""
+
+    rid: u64
+    n_tokens: u32
+
+
+@dataclass(slots=True)
+class Adds:
+    items: list[Add]
+
+
+@dataclass(slots=True)
+class StepOut:
+    """engine -> detokenizer, one per step and detokenizer: opens first, then tokens."""
+
+    engine: u16
+    engine_epoch: u32
+    detok_epoch: u32                    # whom it is meant for
+    opens: list[Open]
+    items: list[TokenOut]
+
+
+@dataclass(slots=True)
+class Deltas:
+    """detokenizer -> frontend, one per wake-up and frontend."""
+
+    detok: u16
+    detok_epoch: u32
+    items: list[TextDelta]
+
+
+@dataclass(slots=True)
+class Admitted:
+    """engine -> frontend, one per step and frontend."""
+
+    engine: u16
+    engine_epoch: u32
+    items: list[AdmittedItem]
+
+
+@dataclass(slots=True)
+class Failed:
+    """any stage -> frontend: these requests end with an error."""
+
+    kind: u8
+    index: u16
+    epoch: u32
+    items: list[FailedItem]
+
+
+@dataclass(slots=True)
+class Census:
+    """engine -> frontend, every 5 s: the ids of that frontend that the engine holds."""
+
+    engine: u16
+    engine_epoch: u32
+    rids: bytes                         # uint64
+
+
+@dataclass(slots=True)
+class Beacon:
+    """every stage -> PUB, at 10 Hz and on change."""
+
+    protocol: u16
+    kind: u8
+    index: u16
+    epoch: u32
+    pid: u32
+    state: u8
+    phase: str                          # while starting: what it is doing
+    percent: u8
+    tick: u64                           # turns of the main loop
+    tick_age_ms: u64                    # since the last turn
+    pending: bool                       # there is work for the loop
+    load: Load
+    facts_json: bytes = b""             # engines: what the loaded model turned out to be
+    metrics: list[MetricFamily] | None = None  # once a second
+
+
+@dataclass(slots=True)
+class Tensor:
+    """An ndarray with a request id; arrays of any size ride as extra frames."""
+
+    rid: u64
+    data: np.ndarray
+
+
+# type number -> class. Append only.
+REGISTRY: dict[int, type] = {
+    1: Submit, 2: TokenizeQuery, 3: DetokenizeQuery, 4: TokenizeAnswer, 5: DetokenizeAnswer, 6: Abort, 7: StopHit,
+    8: Adds, 9: StepOut, 10: Deltas, 11: Admitted, 12: Failed, 13: Census, 14: Beacon, 15: Tensor,
+}
+RECORDS: tuple[type, ...] = (
+    Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,
+    MetricFamily, SamplingParams, DetokSpec,
+)

@@ -1,0 +1,65 @@
+"""What a request asks of the engine and of the detokenizer: wire records with resolved values, no defaults to guess.
+
+The frontend fills them (request over the model's generation defaults over the table's defaults); the tokenizer and the
+engine check again what only they can know (vocabulary size, context length).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.schema import i64, u8, u32, u64
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_BIAS = 1024
+MAX_STOP_IDS = 256
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How the engine samples one choice. Random numbers are keyed by (seed, choice, position)."""
+
+    temperature: float = 1.0            # < GREEDY_BELOW: greedy
+    top_p: float = 1.0                  # (0, 1]
+    top_k: i64 = 0                      # 0: off
+    min_p: float = 0.0                  # [0, 1]
+    seed: u64 = 0                       # fixed by the frontend at admission
+    max_tokens: u32 = 16                # the engine cuts it to the context; 0 only with echo: nothing is generated
+    min_tokens: u32 = 0                 # no end-of-sequence and no stop id before this many
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0     # over prompt and output
+    ignore_eos: bool = False
+    stop_ids: bytes = b""               # uint32: the request's stop_token_ids and the model's secondary end ids
+    bias_ids: bytes = b""               # uint32
+    bias_values: bytes = b""            # float32, as many as bias_ids
+    logprobs: i64 | None = None         # None: off; k: the sampled token and the k best
+    prompt_logprobs: i64 | None = None  # None: off; k: each prompt token and the k best
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+
+@dataclass(slots=True)
+class DetokSpec:
+    """How the detokenizer turns one choice's ids into text."""
+
+    model: u8 = 0                       # index into ServerConfig.models: whose tokenizer
+    stop: list[str] = None              # type: ignore[assignment]  # stop strings, none of them empty
+    include_stop: bool = False          # keep the stop string in the text
+    min_tokens: u32 = 0                 # no stop string is looked for before this many output tokens
+    skip_special: bool = True
+    spaces_between_special: bool = True
+    echo: bool = False                  # send the prompt's text (and its logprobs' texts) ahead of the first delta
+
+    def __post_init__(self) -> None:
+        if self.stop is None:
+            self.stop = []

@@ -1,0 +1,1 @@
+"""The tokenizer stage: text and chats to token ids. Never loads torch."""

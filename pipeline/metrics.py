@@ -1,0 +1,56 @@
+"""Metrics between processes: a stage's prometheus registry as records, and the text of many such snapshots.
+
+Each stage keeps ordinary prometheus_client objects; its beacon carries a snapshot once a second, and any frontend can
+answer /metrics for all. Label sets are closed: nothing that a caller sends becomes a label.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
+from prometheus_client.exposition import generate_latest
+
+from pipeline.messages import MetricFamily, MetricSample
+
+MAX_SAMPLES = 20_000
+
+
+def snapshot(registry: CollectorRegistry) -> list[MetricFamily]:
+    """Every family of `registry` with its samples; creation times are left out."""
+    families = []
+    for metric in registry.collect():
+        samples = [MetricSample(s.name, [part for pair in s.labels.items() for part in pair], float(s.value))
+                   for s in metric.samples if not s.name.endswith("_created")]
+        families.append(MetricFamily(metric.name, metric.type, metric.documentation, samples))
+    return families
+
+
+class _Merged:
+    """A collector over snapshots: families of one name are joined, samples of one name and labels are added up."""
+
+    def __init__(self, snapshots: Iterable[list[MetricFamily]]) -> None:
+        self._snapshots = list(snapshots)
+
+    def collect(self) -> Iterator[Metric]:
+        heads: dict[str, MetricFamily] = {}
+        values: dict[str, dict[tuple[str, tuple[str, ...]], float]] = {}
+        for families in self._snapshots:
+            for family in families:
+                heads.setdefault(family.name, family)
+                bucket = values.setdefault(family.name, {})
+                for sample in family.samples[:MAX_SAMPLES]:
+                    key = (sample.name, tuple(sample.labels))
+                    bucket[key] = bucket.get(key, 0.0) + sample.value
+        for name, head in heads.items():
+            metric = Metric(name, head.help, head.type)
+            for (sample_name, labels), value in values[name].items():
+                metric.add_sample(sample_name, dict(zip(labels[::2], labels[1::2])), value)
+            yield metric
+
+
+def exposition(snapshots: Iterable[list[MetricFamily]]) -> bytes:
+    """Prometheus text format 0.0.4 of all snapshots together."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(snapshots))  # type: ignore[arg-type]
+    return generate_latest(registry)

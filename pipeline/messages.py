@@ -377,7 +377,16 @@ class Beacon:
     pending: bool                       # there is work for the loop
     load: Load
     facts_json: bytes = b""             # engines: what the loaded model turned out to be
-    metrics: list[MetricFamily] | None = None  # once a second
+
+
+@dataclass(slots=True)
+class Metrics:
+    """every stage -> PUB, once a second under a topic of its own: a snapshot of its metrics."""
+
+    kind: u8
+    index: u16
+    epoch: u32
+    families: list[MetricFamily]
 
 
 @dataclass(slots=True)
@@ -392,6 +401,7 @@ class Tensor:
 REGISTRY: dict[int, type] = {
     1: Submit, 2: TokenizeQuery, 3: DetokenizeQuery, 4: TokenizeAnswer, 5: DetokenizeAnswer, 6: Abort, 7: StopHit,
     8: Adds, 9: StepOut, 10: Deltas, 11: Admitted, 12: Failed, 13: Census, 14: Beacon, 15: Tensor,
+    16: Metrics,
 }
 RECORDS: tuple[type, ...] = (
     Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,

@@ -166,7 +166,7 @@ class Stage:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._stopping = False
+        self._stopping = self._looping = False
         names = ("ctl", "in") if context.kind is Kind.ENGINE else ("in",)
         self._inboxes = [(name, context.inbox(name, sockets.CONTROL_HWM if name == "ctl" else sockets.HWM))
                          for name in names]
@@ -200,7 +200,7 @@ class Stage:
     def loop(self, logic: Logic) -> None:
         """Turn until SIGTERM: read a bounded number of messages, let the logic work, push what it sent."""
         publisher, outboxes = self._context.publisher, self._context.outboxes
-        flushed = True
+        flushed = self._looping = True
         while not self._stopping:
             accepting = logic.accepting()
             busy = logic.has_work()
@@ -240,13 +240,14 @@ class Stage:
             except zmq.Again:
                 return
             try:
-                message = codec.decode(frames)
-            except BadFrame:
+                logic.handle(codec.decode(frames))
+            except BadFrame:                              # also: a good message that this stage never receives
                 self._context.bad_frames.labels(socket=name).inc()
                 continue
-            logic.handle(message)
             if name == "in" and not logic.accepting():
                 return
 
     def _terminate(self, *_: object) -> None:
+        if not self._looping:
+            os._exit(0)                                   # still loading: there is nothing to finish
         self._stopping = True

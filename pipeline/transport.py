@@ -34,7 +34,7 @@ class Logic(Protocol):
     """A stage as `pipeline.stage.run` drives it: one thread, one loop."""
 
     def handle(self, message: Any) -> None:
-        """One decoded message. Must not raise for anything that a message can contain."""
+        """One decoded message. Raises BadFrame for a type that this stage never receives, and nothing else."""
 
     def turn(self) -> None:
         """Do a bounded piece of the pending work."""

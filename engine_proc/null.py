@@ -1,0 +1,138 @@
+"""The null runner: tokens from a script instead of a model, for tests and for measuring the pipeline. No torch.
+
+The next id is a pure function of the ids so far (and of the choice and seed in "hash"), so that chunking, batching,
+pre-emption and continuation cannot change a text. `null_script` is a mode and options, separated by semicolons:
+
+    echo            repeats the prompt's ids, cyclically
+    count           the last id plus one, modulo the vocabulary
+    hash            a hash of the last four ids, the seed and the choice (the default)
+    eos_after=N     the output id number N (from 0) is the end of sequence
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+
+from engine_proc.plan import ItemResult, StepPlan
+from engine_proc.request import Sequence
+from pipeline.config import EngineConfig
+from pipeline.errors import StartError
+from pipeline.exits import CONFIG
+from pipeline.messages import Logprobs
+
+DEFAULT_BLOCKS = 4096
+DEFAULT_VOCAB = 32_000
+MODES = ("hash", "echo", "count")
+WINDOW = 4                    # ids that "hash" looks at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """A parsed `null_script`."""
+
+    mode: str = "hash"
+    eos_after: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Script:
+        mode, eos_after = "hash", None
+        for part in filter(None, (p.strip() for p in text.split(";"))):
+            name, _, value = part.partition("=")
+            if name in MODES and not value:
+                mode = name
+            elif name == "eos_after" and value.isdigit():
+                eos_after = int(value)
+            else:
+                raise StartError(CONFIG, f"The null engine's script does not know '{part}'.")
+        return cls(mode=mode, eos_after=eos_after)
+
+    def next_id(self, seq: Sequence, ids: Ids[int], vocab_size: int) -> int:
+        """The id that follows `ids` (prompt and output so far) in `seq`."""
+        output = len(ids) - seq.num_prompt
+        may_end = output >= seq.sampling.min_tokens
+        if self.eos_after is not None and output >= self.eos_after and may_end and seq.eos_id >= 0:
+            return seq.eos_id
+        if self.mode == "echo":
+            token = ids[output % seq.num_prompt]
+        elif self.mode == "count":
+            token = (ids[-1] + 1) % vocab_size
+        else:
+            state = seq.sampling.seed.to_bytes(8, "little") + bytes([seq.choice])
+            token = crc32(b"".join(i.to_bytes(4, "little") for i in ids[-WINDOW:]), crc32(state)) % vocab_size
+        while token == seq.eos_id or (token in seq.stops and not may_end):     # eos_after alone ends a sequence
+            token = (token + 1) % vocab_size
+        return int(token)
+
+
+class _Step(NamedTuple):
+    """A launched step: done at `end_s` (0: at once)."""
+
+    end_s: float
+    results: list[ItemResult]
+
+
+class NullRunner:
+    """Implements `plan.Runner`. A step takes `step_s` at least, asleep."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int = 0, depth: int = 0) -> None:
+        self.depth = depth
+        self.num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
+        self.block_size = config.block_size
+        self.vocab_size = vocab_size or DEFAULT_VOCAB
+        self.facts = {"dtype": "none", "device": "null", "architecture": "null"}
+        self._script = Script.parse(config.null_script)
+        self._step_s = config.null_step_s
+        self._sampled: dict[int, list[int]] = {}      # rid -> ids sampled here that the sequence may not show yet
+
+    def admit(self, seq: Sequence) -> None:
+        self._sampled[seq.rid] = []
+
+    def release(self, seq: Sequence) -> None:
+        self._sampled.pop(seq.rid, None)
+
+    def launch(self, plan: StepPlan) -> object:
+        end = time.monotonic() + self._step_s if self._step_s else 0.0
+        return _Step(end, [self._item(item.seq, item.start, item.count, item.sample, item.prompt_logprobs)
+                           for item in plan.items])
+
+    def collect(self, handle: object) -> list[ItemResult]:
+        assert isinstance(handle, _Step)
+        if handle.end_s:
+            time.sleep(max(0.0, handle.end_s - time.monotonic()))
+        return handle.results
+
+    def ids(self, seq: Sequence, end: int) -> Ids[int]:
+        """The first `end` ids of `seq`, those that only this runner knows included."""
+        missing = end - len(seq.tokens)
+        if missing <= 0:
+            return seq.tokens if missing == 0 else seq.tokens[:end]
+        return [*seq.tokens, *self._sampled[seq.rid][-missing:]]
+
+    def _item(self, seq: Sequence, start: int, count: int, sample: bool, score: bool) -> ItemResult:
+        result = ItemResult()
+        if sample:
+            result.token = self._script.next_id(seq, self.ids(seq, start + count), self.vocab_size)
+            sampled = self._sampled[seq.rid]
+            sampled.append(result.token)
+            del sampled[:-self.depth - 2]             # no more can be in flight
+            if seq.sampling.logprobs is not None:
+                result.logprobs = _logprobs([result.token], seq.sampling.logprobs, self.vocab_size)
+        if score:
+            scored = seq.tokens[start + 1:min(start + count + 1, seq.num_prompt)]
+            result.prompt_logprobs = _logprobs(scored, seq.sampling.prompt_logprobs or 0, self.vocab_size)
+        return result
+
+
+def _logprobs(ids: Ids[int], k: int, vocab_size: int) -> Logprobs:
+    """Plausible constants: each id is the best with probability one half, the next ids share the rest."""
+    n = len(ids)
+    values = np.full((n, k), -np.log(2.0), np.float32) - np.arange(k, dtype=np.float32)
+    top = (np.asarray(ids, np.uint32)[:, None] + np.arange(k, dtype=np.uint32)) % np.uint32(vocab_size)
+    return Logprobs(
+        k=k, values=np.full(n, -np.log(2.0), np.float32).tobytes(), ranks=np.ones(n, np.uint32).tobytes(),
+        top_ids=top.astype(np.uint32).tobytes(), top_values=values.tobytes())

@@ -83,7 +83,7 @@ class Outboxes:
 
     def flush(self) -> bool:
         """Try every queue once; True when all are empty."""
-        return all([box.flush() for box in self._boxes.values()])
+        return not [box for box in self._boxes.values() if not box.flush()]
 
     def close(self) -> None:
         for box in self._boxes.values():

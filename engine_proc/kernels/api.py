@@ -1,0 +1,158 @@
+"""The CPU kernels as the engine sees them: one interface, two implementations.
+
+Owns: the contract of each kernel (shapes, types, what is written) and nothing else. `native.py` calls the compiled
+library, `fallback.py` is plain torch; `load()` in the package picks one. Tensors are on the CPU, float32 or bfloat16,
+contiguous in their last dimension; index tensors are int32. Results are computed in float32 and rounded once. A row's
+result never depends on the other rows of the call (native: bit for bit). Arguments are checked by `assert`: callers are
+our own layers. An object is for one thread at a time unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+WeightType = Literal["bfloat16", "float32", "int8"]
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class PackedLinear(ABC):
+    """A linear layer whose weight was packed once; callable. Built by `Kernels.linear`.
+
+    `n` outputs (of a gated layer: of each half), `k` inputs, `nbytes` of packed weight.
+    """
+
+    n: int
+    k: int
+    nbytes: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, k] -> [T, n], written into `out` (float32 or bfloat16) or a new tensor of x's type."""
+
+
+class Kernels(ABC):
+    """Every kernel of the CPU path."""
+
+    native: bool
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the log: instruction set and threads, or why torch is used."""
+
+    @abstractmethod
+    def set_num_threads(self, count: int) -> int:
+        """Sets how many threads a kernel uses, the caller's included; returns the number reached."""
+
+    @abstractmethod
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: WeightType | None = None,
+        gate: Activation | None = None,
+    ) -> PackedLinear:
+        """Packs weight [N, K] (float32 or bfloat16; copied) with an optional bias [N].
+
+        `dtype` is the stored type, by default the weight's; int8 has one scale per output and quantises activations
+        per row and group of 64 inputs. With `gate` the weight is [2n, K], n gate rows and then n up rows, and the layer
+        returns act(gate) * up, [T, n].
+        """
+
+    @abstractmethod
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
+    ) -> Tensor:
+        """x [T, D] / rms(x) * (weight [D] + offset); offset 1 for Gemma. `out` may be x."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        offset: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """residual [T, D] += x in place; returns the RMSNorm of the sum."""
+
+    @abstractmethod
+    def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+        """RMSNorm over each head of x [T, heads * len(weight)], in place; returns x."""
+
+    @abstractmethod
+    def rope_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor | None,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+        norm_offset: float = 0.0,
+    ) -> None:
+        """Rotates q [T, Hq * D] and k [T, Hkv * D] in place and writes k and v into the paged cache.
+
+        cos, sin: float32 [positions, R / 2], the first R of the D elements rotate in the GPT-NeoX pairing (i with
+        i + R / 2); None: no rotation. positions int32 [T]. Caches [blocks, block_size, Hkv, D]; slots int32 [T] is
+        block * block_size + offset, negative for a row that is not cached, None when none is. q_norm, k_norm
+        float32 [D]: RMSNorm of each head before the rotation.
+        """
+
+    @abstractmethod
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        causal: bool = True,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Paged attention of packed query rows q [T, Hq, D] (or [T, Hq * D]); returns the shape of q.
+
+        Sequence s has the query rows query_starts[s] to query_starts[s + 1] (int32 [S + 1]), which are the last tokens
+        of its context_lens[s] (int32 [S], new tokens included, already in the cache). block_tables int32
+        [S, max_blocks]. `window` > 0: a token sees itself and the window - 1 before it. `softcap` > 0:
+        softcap * tanh(score / softcap). Slots outside what a row may see are never read.
+        """
+
+    @abstractmethod
+    def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
+        """x [T, 2 * I] -> act(x[:, :I]) * x[:, I:], [T, I]."""
+
+    @abstractmethod
+    def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of logits [T, V]: the ids (int32 [T], lowest of equals), their log-probabilities (float32 [T]) if asked for,
+        and whether the row holds a NaN (bool [T]; its id is 0)."""
+
+    @abstractmethod
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of logits [T, V]: the k largest values (float32 [T, k], descending), their ids (int32 [T, k], lowest first
+        among equals), log-sum-exp (float32 [T]) and whether the row holds a NaN (bool [T]; the rest is then void)."""
+
+
+def is_supported(*tensors: Tensor) -> bool:
+    """Whether these are CPU tensors of a type the kernels read, contiguous in the last dimension."""
+    return all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) and t.stride(-1) == 1 for t in tensors
+    )

@@ -1,0 +1,129 @@
+"""The kernels in torch, for machines without a compiler or with a processor below AVX2.
+
+Owns: the adapter from `reference.py` to the interface. Slow but always there; the engine's log says so at start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine_proc.kernels import reference
+from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType
+
+
+class TorchLinear(PackedLinear):
+    """A weight as it came (int8: quantised and widened again, so that answers match the compiled kernels')."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightType | None, gate: Activation | None) -> None:
+        self.n, self.k = weight.shape[0] // (2 if gate else 1), weight.shape[1]
+        if dtype == "int8":
+            quantized, scales = reference.quantize_weight(weight)
+            weight = (quantized.float() * scales[:, None]).to(weight.dtype)
+        elif dtype is not None:
+            weight = weight.to(getattr(torch, dtype))
+        self._weight = weight.detach().clone()
+        self._bias = None if bias is None else bias.detach().to(weight.dtype)
+        self._gate: Activation | None = gate
+        self.nbytes = self._weight.nbytes
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = F.linear(x.to(self._weight.dtype), self._weight, self._bias)
+        if self._gate:
+            y = reference.act_mul(y, self._gate)
+        return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+class TorchKernels(Kernels):
+    """See `Kernels`."""
+
+    native = False
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def describe(self) -> str:
+        return f"torch (no compiled kernels: {self._reason}), {torch.get_num_threads()} threads"
+
+    def set_num_threads(self, count: int) -> int:
+        torch.set_num_threads(count)
+        return torch.get_num_threads()
+
+    def linear(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: WeightType | None = None,
+        gate: Activation | None = None,
+    ) -> PackedLinear:
+        return TorchLinear(weight, bias, dtype, gate)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
+    ) -> Tensor:
+        y = reference.rms_norm(x, weight, eps, offset)
+        return y if out is None else out.copy_(y)
+
+    def add_rms_norm(
+        self,
+        residual: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        *,
+        offset: float = 0.0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps, offset=offset, out=out)
+
+    def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+        heads = x.unflatten(1, (-1, weight.shape[0]))
+        heads.copy_(reference.rms_norm(heads, weight, eps, offset))
+        return x
+
+    def rope_cache(self, *args: Any, **options: Any) -> None:
+        reference.rope_cache(*args, **options)
+
+    def attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        causal: bool = True,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        y = reference.attention(
+            q.contiguous(),
+            k_cache,
+            v_cache,
+            block_tables,
+            query_starts,
+            context_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            causal=causal,
+        )
+        return y if out is None else out.copy_(y)
+
+    def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
+        y = reference.act_mul(x, act)
+        return y if out is None else out.copy_(y)
+
+    def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+        return reference.argmax(logits, logprobs)
+
+    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return reference.top_k(logits, k)

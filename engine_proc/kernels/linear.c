@@ -1,0 +1,218 @@
+/* Packed linear layers; see linear.h for the layout and the contract. */
+#define _GNU_SOURCE
+#include "linear.h"
+
+#include <sys/mman.h>
+
+#define OPERAND_L2_BYTES (384 << 10) /* activations of one row chunk: they must stay in L2 beside a panel */
+#define PRIVATE_OPERAND 8192         /* elements each thread converts for itself to save a barrier */
+
+static long chunk_rows(const linear_weight *w, long rows) {
+    long most = OPERAND_L2_BYTES / (4 * w->k) / TILE_ROWS * TILE_ROWS;
+    if (most < 2 * TILE_ROWS) most = 2 * TILE_ROWS;
+    if (most > 240) most = 240;
+    if (rows <= most) return rows;
+    long chunks = (rows + most - 1) / most;
+    return ((rows + chunks - 1) / chunks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+}
+
+/* c[rows][32] = a[row ...] x panel. */
+static void panel_product(const linear_args *g, long row, long rows, long panel, float *c) {
+    const linear_weight *w = g->weight;
+    if (w->kind == WEIGHT_F32) {
+        const float *a = (const float *)g->a + row * g->lda;
+        tile_f32[rows](a, g->lda, (const float *)w->panels + panel * w->k * PANEL, w->k, c, PANEL, 0);
+    } else if (w->kind == WEIGHT_BF16) {
+        long k = (w->k + 1) & ~1L;
+        const bf16_operand *a = (const bf16_operand *)g->a + row * g->lda;
+        tile_bf16[rows](a, g->lda, (const bf16 *)w->panels + panel * k * PANEL, k, c);
+    } else {
+        tile_int8(w, g->a, g->rows, row, rows, panel, c);
+    }
+}
+
+static void put(const linear_args *g, long row, long col, v16 v, int n) {
+    long at = row * g->ldo + col;
+    if (g->out_kind == OUT_ADD_F32) {
+        v16 old = v_load_any_n(g->out, at, n, 0);
+        v = v_fma(v, v_set1(g->scale), old);
+    }
+    int is_bf16 = g->out_kind == OUT_BF16;
+    v_store_any_n(g->out, at, v, n, is_bf16);
+}
+
+/* Bias, gate and store of a finished tile. */
+static void finish(const linear_args *g, long row, long rows, long panel, const float *c) {
+    const linear_weight *w = g->weight;
+    long width = w->act ? 16 : PANEL;
+    for (long r = 0; r < rows; r++, c += PANEL) {
+        if (w->act) {
+            long col = panel * width;
+            int n = w->n - col < 16 ? (int)(w->n - col) : 16;
+            v16 gate = v_load(c), up = v_load(c + 16);
+            if (w->bias) {
+                gate = v_add(gate, v_load_n(w->bias + col, n));
+                up = v_add(up, v_load_n(w->bias + w->n + col, n));
+            }
+            gate = w->act == ACT_SILU ? v_silu(gate) : v_gelu_tanh(gate);
+            put(g, row + r, col, v_mul(gate, up), n);
+            continue;
+        }
+        for (long col = panel * width, j = 0; j < 2 && col < w->n; j++, col += 16) {
+            int n = w->n - col < 16 ? (int)(w->n - col) : 16;
+            v16 v = v_load(c + 16 * j);
+            if (w->bias) v = v_add(v, v_load_n(w->bias + col, n));
+            put(g, row + r, col, v, n);
+        }
+    }
+}
+
+void linear_team(const linear_args *g, int tid, int size) {
+    (void)tid;
+    _Alignas(64) float c[TILE_ROWS * PANEL];
+    long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->weight, g->rows);
+    long chunks = (g->rows + per_chunk - 1) / per_chunk, total = panels * chunks;
+    long step = g->rows <= 2 * TILE_ROWS ? team_chunk(total, size) : 1, end;
+    for (long task; (task = team_take(total, step, &end)) >= 0;) {
+        for (; task < end; task++) {
+            long panel = task % panels, row = task / panels * per_chunk;
+            long stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
+            for (long rows; row < stop; row += rows) {
+                rows = tile_rows(stop - row);
+                panel_product(g, row, rows, panel, c);
+                finish(g, row, rows, panel, c);
+            }
+        }
+    }
+    team_barrier(size);
+}
+
+/* Operand rows. */
+
+long linear_operand_stride(const linear_weight *w) {
+    if (w->kind == WEIGHT_INT8) return int8_stride(w->k);
+    return ((w->k + 15) & ~15L) + 16; /* off the power of two: rows must not share their cache sets */
+}
+
+size_t linear_operand_bytes(const linear_weight *w, long rows) {
+    if (w->kind == WEIGHT_INT8) return int8_operand_bytes(w->k, rows);
+    return (size_t)(linear_operand_stride(w) * rows) * sizeof(float);
+}
+
+void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
+                         long rows) {
+    if (w->kind == WEIGHT_INT8) {
+        int8_make_operand(w, x, x_bf16, ldx, a, from, to, rows);
+        return;
+    }
+    int a_bf16 = w->kind == WEIGHT_BF16 && BF16_DOT;
+    long lda = linear_operand_stride(w);
+    for (long r = from; r < to; r++) {
+        long k = 0;
+        for (; k + 16 <= w->k; k += 16) v_store_any(a, r * lda + k, v_load_any(x, r * ldx + k, x_bf16), a_bf16);
+        /* the tail brings zeros along, which pad an odd k to a whole pair */
+        if (k < w->k) v_store_any(a, r * lda + k, v_load_any_n(x, r * ldx + k, (int)(w->k - k), x_bf16), a_bf16);
+    }
+}
+
+static int usable_as_is(const linear_weight *w, int x_bf16) {
+    if (w->kind == WEIGHT_F32) return !x_bf16;
+    return w->kind == WEIGHT_BF16 && x_bf16 == BF16_DOT && w->k % 2 == 0;
+}
+
+typedef struct {
+    linear_args linear;
+    const void *x;
+    long ldx;
+    int x_bf16, convert;
+    char *scratch;
+    size_t private_bytes; /* 0: one shared operand */
+} linear_call;
+
+static void linear_call_team(int tid, int size, void *arg) {
+    linear_call *call = arg;
+    linear_args g = call->linear;
+    if (call->convert) {
+        char *a = call->scratch + call->private_bytes * (size_t)tid;
+        if (call->private_bytes) {
+            linear_make_operand(g.weight, call->x, call->x_bf16, call->ldx, a, 0, g.rows, g.rows);
+        } else {
+            long end;
+            for (long row; (row = team_take(g.rows, 4, &end)) >= 0;)
+                linear_make_operand(g.weight, call->x, call->x_bf16, call->ldx, a, row, end, g.rows);
+            team_barrier(size);
+        }
+        g.a = a;
+        g.lda = linear_operand_stride(g.weight);
+    }
+    linear_team(&g, tid, size);
+}
+
+/* Entry points for Python. */
+
+/* out[rows][n] = x[rows][k] times the weight (+ bias, gate); strides in elements.  0, or -1 without memory. */
+int q_linear(const linear_weight *w, const void *x, int x_bf16, long ldx, long rows, void *out, int out_bf16, long ldo) {
+    linear_call call = {
+        .linear = {.weight = w, .a = x, .lda = ldx, .rows = rows, .out = out, .ldo = ldo,
+                   .out_kind = out_bf16 ? OUT_BF16 : OUT_F32, .scale = 1.0f},
+        .x = x, .ldx = ldx, .x_bf16 = x_bf16, .convert = !usable_as_is(w, x_bf16),
+    };
+    int failed = 0;
+    pool_enter();
+    if (call.convert) {
+        size_t bytes = (linear_operand_bytes(w, rows) + 63) & ~(size_t)63;
+        if (rows * w->k <= PRIVATE_OPERAND) call.private_bytes = bytes;
+        call.scratch = pool_scratch(call.private_bytes ? bytes * (size_t)pool_size() : bytes);
+        failed = !call.scratch;
+    }
+    if (!failed) pool_run(linear_call_team, &call);
+    pool_leave();
+    return -failed;
+}
+
+typedef struct {
+    const void *src;
+    int src_bf16;
+    const linear_weight *w;
+    void *panels;
+} pack_call;
+
+long linear_source_row(const linear_weight *w, long panel, long c) {
+    if (!w->act) return panel * PANEL + c < w->n ? panel * PANEL + c : -1;
+    long row = panel * 16 + c % 16;
+    if (row >= w->n) return -1;
+    return c < 16 ? row : w->n + row;
+}
+
+static void pack_team(int tid, int size, void *arg) {
+    (void)tid;
+    pack_call *p = arg;
+    const linear_weight *w = p->w;
+    long k = w->kind == WEIGHT_BF16 ? (w->k + 1) & ~1L : w->k, panels = linear_panels(w), end;
+    int is_bf16 = w->kind == WEIGHT_BF16, group = is_bf16 ? 2 : 1;
+    for (long panel; (panel = team_take(panels, 1, &end)) >= 0;) {
+        long base = panel * k * PANEL;
+        for (long c = 0; c < PANEL; c++) {
+            long row = linear_source_row(w, panel, c);
+            for (long i = 0; i < k; i++) {
+                float v = row < 0 || i >= w->k ? 0.0f : load_scalar(p->src, row * w->k + i, p->src_bf16);
+                store_scalar(p->panels, base + i / group * group * PANEL + c * group + i % group, v, is_bf16);
+            }
+        }
+    }
+    team_barrier(size);
+}
+
+/* Fills w->panels, of panels * (padded k) * 32 elements, from src[n][k] (gated: [2n][k]); float or bfloat16. */
+void q_pack(const linear_weight *w, const void *src, int src_bf16) {
+    pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w, .panels = (void *)w->panels};
+    pool_enter();
+    pool_run(pack_team, &p);
+    pool_leave();
+}
+
+/* Asks for huge pages under a packed weight: a stream then needs 500 times fewer address translations. */
+void q_advise_huge(void *p, size_t bytes) {
+    uintptr_t page = 2 << 20, from = ((uintptr_t)p + page - 1) & ~(page - 1), to = ((uintptr_t)p + bytes) & ~(page - 1);
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+}

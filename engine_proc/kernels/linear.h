@@ -1,0 +1,63 @@
+/* Products of activations with weights that were packed once.
+ *
+ * Owns: the packed layout, its description `linear_weight`, and linear_team(), the product as one phase of a team.
+ *
+ * A weight [n][k] is cut into panels of 32 outputs, each one sequential stream that a thread reads from end to end:
+ *   WEIGHT_F32   float    [panel][k][32]
+ *   WEIGHT_BF16  bfloat16 [panel][k/2][32][2]            (k padded to even with a zero)
+ *   WEIGHT_INT8  uint8    [panel][k/4][32][4]            (k padded to 4; value + 128; see linear_int8.c)
+ * A gated weight [2n][k] (rows: n gates, then n ups) puts 16 gates and their 16 ups into one panel, so that the product
+ * ends with act(gate) * up in registers and only n columns are ever written.
+ */
+#ifndef QUARTET_LINEAR_H
+#define QUARTET_LINEAR_H
+
+#include "pool.h"
+#include "tile.h"
+
+enum { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2 };
+enum { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2 };
+enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2 }; /* OUT_ADD_F32: out += scale * result */
+
+/* Mirrored field for field by native.py; all 8 bytes wide. */
+typedef struct {
+    const void *panels;
+    const float *bias;    /* [n] (gated: [2n]) or NULL */
+    const float *scales;  /* WEIGHT_INT8: one per column of each panel, [panels][32] */
+    int64_t n, k;         /* outputs (gated: of each half) and inputs */
+    int64_t kind, act;    /* act != ACT_NONE: gated */
+} linear_weight;
+
+typedef struct {
+    const linear_weight *weight;
+    const void *a;        /* rows in the operand type of the weight's kind, see linear_operand_bytes */
+    long lda;             /* elements between rows of `a` */
+    long rows;
+    void *out;
+    long ldo;
+    int out_kind;
+    float scale;
+} linear_args;
+
+INLINE long linear_panels(const linear_weight *w) { return w->act ? (w->n + 15) / 16 : (w->n + PANEL - 1) / PANEL; }
+
+/* The product as one phase; ends with a barrier. */
+void linear_team(const linear_args *args, int tid, int size);
+
+/* Elements of one operand row (padded), the bytes of `rows` such rows, and the conversion of rows [from, to). */
+long linear_operand_stride(const linear_weight *w);
+size_t linear_operand_bytes(const linear_weight *w, long rows);
+void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
+                         long rows);
+
+/* Row of the unpacked weight that fills column `c` of a panel, or -1 for padding. */
+long linear_source_row(const linear_weight *w, long panel, long c);
+
+/* linear_int8.c */
+void tile_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, long panel, float *c);
+void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
+                       long rows);
+long int8_stride(long k);
+size_t int8_operand_bytes(long k, long rows);
+
+#endif

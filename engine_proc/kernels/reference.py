@@ -1,0 +1,161 @@
+"""Each kernel in plain torch: what the compiled ones are tested against and what runs where there is no compiler.
+
+Owns: the meaning of the kernels. Written for clarity first; shapes, types and units are those of `api.py`. Arithmetic
+is in float32 (or the input's float64, for tests) and rounded once to the output's type.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INT8_GROUP = 64  # inputs that share one activation scale
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K], plus bias."""
+    return F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> int8 [N, K] and float32 scales [N]: symmetric, one scale per output."""
+    wide = weight.float()
+    most = wide.abs().amax(dim=1)
+    return (wide * torch.where(most > 0, 127 / most, 0.0)[:, None]).round().to(torch.int8), most / 127
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> integers (as float32) [T, G, 64] and float32 scales [T, G]; K padded to groups of 64 with zeros."""
+    groups = F.pad(x.float(), (0, -x.shape[1] % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
+    scales = groups.abs().amax(dim=2) / 127
+    return (groups * torch.where(scales > 0, 1 / scales, 0.0)[..., None]).round(), scales
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] quantised per row and group, times an int8 weight [N, K] with its scales [N]."""
+    values, x_scales = quantize_rows(x)
+    wide = F.pad(weight.float(), (0, -x.shape[1] % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
+    out = torch.einsum("tgk,ngk,tg->tn", values, wide, x_scales) * scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (weight + offset) over the last dimension."""
+    wide = _wide(x)
+    factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * factor * (_wide(weight) + offset)).to(x.dtype)
+
+
+def act_mul(x: Tensor, act: str) -> Tensor:
+    """x [T, 2 * I] -> act(first half) * second half."""
+    gate, up = _wide(x).chunk(2, dim=-1)
+    gate = F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")
+    return (gate * up).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] with its first 2 * half elements rotated by cos, sin [T, half]."""
+    half = cos.shape[-1]
+    wide = _wide(x)
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1).to(x.dtype)
+
+
+def rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor | None,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+) -> None:
+    """See `Kernels.rope_cache`."""
+    kv_heads, dim = k_cache.shape[2:]
+    for x, norm in ((q, q_norm), (k, k_norm)):
+        heads = x.unflatten(1, (-1, dim))
+        wide = _wide(heads)
+        if norm is not None:
+            wide = rms_norm(wide, norm, eps, norm_offset)
+        if cos is not None and sin is not None:
+            at = positions.long()
+            wide = rotate(wide, cos[at], sin[at])
+        if wide is not heads:
+            heads.copy_(wide)
+    if slots is not None:
+        rows = (slots >= 0).nonzero()[:, 0]
+        where = slots[rows].long()
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            cache.view(-1, kv_heads, dim)[where] = new[rows].unflatten(1, (kv_heads, dim)).to(cache.dtype)
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> Tensor:
+    """See `Kernels.attention`; one sequence at a time over gathered keys and values."""
+    block_size, kv_heads, dim = k_cache.shape[1:]
+    out = torch.empty_like(q)
+    queries, results = q.view(q.shape[0], -1, dim), out.view(q.shape[0], -1, dim)
+    group = queries.shape[1] // kv_heads
+    starts, contexts = query_starts.tolist(), context_lens.tolist()
+    for s, context in enumerate(contexts):
+        lo, hi = starts[s], starts[s + 1]
+        if lo == hi:
+            continue
+        me = torch.arange(context - (hi - lo), context)[:, None]
+        first = max(0, int(me[0]) - window + 1) if window else 0
+        token = torch.arange(first, context)
+        slot = block_tables[s].long()[token // block_size] * block_size + token % block_size
+        keys = _wide(k_cache.view(-1, kv_heads, dim)[slot]).repeat_interleave(group, dim=1)
+        values = _wide(v_cache.view(-1, kv_heads, dim)[slot]).repeat_interleave(group, dim=1)
+        scores = torch.einsum("thd,shd->hts", _wide(queries[lo:hi]).to(keys.dtype), keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        hidden = torch.zeros(hi - lo, context - first, dtype=torch.bool)
+        if causal:
+            hidden |= token > me
+        if window:
+            hidden |= token <= me - window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        results[lo:hi] = torch.einsum("hts,shd->thd", weights, values).to(q.dtype)
+    return out
+
+
+def argmax(logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `Kernels.argmax`."""
+    wide = _wide(logits)
+    nan = wide.isnan().any(dim=-1)
+    best = wide.amax(dim=-1, keepdim=True)
+    ids = (wide == best).int().argmax(dim=-1)
+    chosen = (best[:, 0] - wide.logsumexp(-1)).float() if logprobs else None
+    return ids.int(), chosen, nan
+
+
+def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `Kernels.top_k`."""
+    wide = _wide(logits)
+    values, ids = wide.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].float(), ids[:, :k].int(), wide.logsumexp(-1).float(), wide.isnan().any(dim=-1)

@@ -1,0 +1,46 @@
+/* Operations on single rows, shared by the kernels that Python calls and by the fused decoder.
+ *
+ * Owns: RMSNorm of a row, rotary embedding of a head.  Sums are in float32 and in one fixed order.
+ */
+#ifndef QUARTET_ROWS_H
+#define QUARTET_ROWS_H
+
+#include "simd.h"
+
+/* out[dim] = x / rms(x) * (w + offset); `add`, when given, is first added into x, which is then written back. */
+INLINE void rms_norm_row(void *x, const void *add, const void *w, void *out, long dim, float eps, float offset,
+                         int x_bf16, int w_bf16, int out_bf16) {
+    v16 squares = v_zero();
+    for (long i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? (int)(dim - i) : 16;
+        v16 v = v_load_any_n(x, i, n, x_bf16);
+        if (add) {
+            v = v_add(v, v_load_any_n(add, i, n, x_bf16));
+            v_store_any_n(x, i, v, n, x_bf16);
+            /* the norm is that of the stored value, as the caller will read it */
+            if (x_bf16) v = v_load_any_n(x, i, n, 1);
+        }
+        squares = v_fma(v, v, squares);
+    }
+    v16 factor = v_set1(1.0f / sqrtf(v_sum(squares) / (float)dim + eps)), shift = v_set1(offset);
+    for (long i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? (int)(dim - i) : 16;
+        v16 v = v_load_any_n(x, i, n, x_bf16);
+        v16 g = v_load_any_n(w, i, n, w_bf16);
+        v = v_mul(v_mul(v, factor), v_add(g, shift));
+        v_store_any_n(out, i, v, n, out_bf16);
+    }
+}
+
+/* Rotates the first 2 * half elements of one head, element i with element i + half (the GPT-NeoX pairing). */
+INLINE void rotate_head(void *x, const float *cos, const float *sin, long half, int x_bf16) {
+    for (long i = 0; i < half; i += 16) {
+        int n = half - i < 16 ? (int)(half - i) : 16;
+        v16 a = v_load_any_n(x, i, n, x_bf16), b = v_load_any_n(x, i + half, n, x_bf16);
+        v16 c = v_load_n(cos + i, n), s = v_load_n(sin + i, n);
+        v_store_any_n(x, i, v_sub(v_mul(a, c), v_mul(b, s)), n, x_bf16);
+        v_store_any_n(x, i + half, v_fma(b, c, v_mul(a, s)), n, x_bf16);
+    }
+}
+
+#endif

@@ -1,0 +1,121 @@
+/* What sampling needs from rows of logits without sorting them: argmax, log-sum-exp, the k largest, a NaN flag. */
+#include "pool.h"
+#include "simd.h"
+
+typedef struct {
+    const char *logits;
+    int32_t *ids;        /* argmax: [rows]; top-k: [rows][k] */
+    float *values;       /* argmax: log-probability of the id or NULL; top-k: [rows][k] */
+    float *logsumexp;    /* [rows] or NULL */
+    uint8_t *nan;        /* [rows] */
+    long rows, vocab, ld, k;
+    int is_bf16;
+} logits_call;
+
+INLINE v16 row_part(const logits_call *c, const void *row, long i, const int is_bf16) {
+    long left = c->vocab - i;
+    if (left >= 16) return v_load_any(row, i, is_bf16);
+    return v_keep(v_load_any_n(row, i, (int)left, is_bf16), 0, (int)left, v_set1(-INFINITY));
+}
+
+/* Maximum of the row; *nan is set when it holds a NaN. */
+INLINE float row_max(const logits_call *c, const void *row, int *nan, const int is_bf16) {
+    v16 most = v_set1(-INFINITY);
+    int bad = 0;
+    for (long i = 0; i < c->vocab; i += 16) {
+        v16 v = row_part(c, row, i, is_bf16);
+        bad |= v_any_nan(v);
+        most = v_max(most, v);
+    }
+    *nan = bad;
+    return v_hmax(most);
+}
+
+INLINE float row_logsumexp(const logits_call *c, const void *row, float max, const int is_bf16) {
+    v16 sum = v_zero(), shift = v_set1(max);
+    for (long i = 0; i < c->vocab; i += 16) sum = v_add(sum, v_exp(v_sub(row_part(c, row, i, is_bf16), shift)));
+    return max + logf(v_sum(sum));
+}
+
+INLINE void argmax_row(const logits_call *c, long r, const int is_bf16) {
+    const void *row = c->logits + r * c->ld * (is_bf16 ? 2 : 4);
+    int nan;
+    float max = row_max(c, row, &nan, is_bf16);
+    c->nan[r] = (uint8_t)nan;
+    c->ids[r] = 0;
+    for (long i = 0; !nan && i < c->vocab; i++)
+        if (load_scalar(row, i, is_bf16) == max) {
+            c->ids[r] = (int32_t)i;
+            break;
+        }
+    if (c->values) c->values[r] = nan ? NAN : max - row_logsumexp(c, row, max, is_bf16);
+}
+
+/* A sorted list of the k largest so far; a vector is looked at lane by lane only if one of them beats the smallest. */
+INLINE void top_k_row(const logits_call *c, long r, const int is_bf16) {
+    const void *row = c->logits + r * c->ld * (is_bf16 ? 2 : 4);
+    float *best = c->values + r * c->k;
+    int32_t *ids = c->ids + r * c->k;
+    int bad = 0;
+    for (long i = 0; i < c->k; i++) {
+        best[i] = -INFINITY;
+        ids[i] = -1;
+    }
+    v16 least = v_set1(-INFINITY);
+    for (long i = 0; i < c->vocab; i += 16) {
+        v16 v = row_part(c, row, i, is_bf16);
+        bad |= v_any_nan(v);
+        for (unsigned bits = v_gt_bits(v, least); bits; bits &= bits - 1) {
+            long id = i + __builtin_ctz(bits), at = c->k - 1;
+            float value = load_scalar(row, id, is_bf16);
+            if (!(value > best[at])) continue;
+            for (; at > 0 && value > best[at - 1]; at--) {
+                best[at] = best[at - 1];
+                ids[at] = ids[at - 1];
+            }
+            best[at] = value;
+            ids[at] = (int32_t)id;
+            least = v_set1(best[c->k - 1]);
+        }
+    }
+    c->nan[r] = (uint8_t)bad;
+    if (c->logsumexp) c->logsumexp[r] = bad ? NAN : row_logsumexp(c, row, best[0], is_bf16);
+}
+
+static void argmax_team(int tid, int size, void *arg) {
+    (void)tid;
+    logits_call *c = arg;
+    long end;
+    for (long r; (r = team_take(c->rows, 1, &end)) >= 0;) {
+        if (c->is_bf16) argmax_row(c, r, 1);
+        else argmax_row(c, r, 0);
+    }
+    team_barrier(size);
+}
+
+static void top_k_team(int tid, int size, void *arg) {
+    (void)tid;
+    logits_call *c = arg;
+    long end;
+    for (long r; (r = team_take(c->rows, 1, &end)) >= 0;) {
+        if (c->is_bf16) top_k_row(c, r, 1);
+        else top_k_row(c, r, 0);
+    }
+    team_barrier(size);
+}
+
+/* Entry points for Python.  logits[rows][vocab], rows ld apart; ties go to the lowest id; a row with NaN gets id 0. */
+void q_argmax(const void *logits, int is_bf16, long rows, long vocab, long ld, int32_t *ids, float *logprobs,
+              uint8_t *nan) {
+    logits_call c = {.logits = logits, .ids = ids, .values = logprobs, .nan = nan,
+                     .rows = rows, .vocab = vocab, .ld = ld, .is_bf16 = is_bf16};
+    pool_call(argmax_team, &c, rows > 1 ? rows * vocab : 0);
+}
+
+/* ids and values[rows][k], largest first; ids are -1 where fewer than k logits exceed minus infinity. */
+void q_top_k(const void *logits, int is_bf16, long rows, long vocab, long ld, long k, int32_t *ids, float *values,
+             float *logsumexp, uint8_t *nan) {
+    logits_call c = {.logits = logits, .ids = ids, .values = values, .logsumexp = logsumexp, .nan = nan,
+                     .rows = rows, .vocab = vocab, .ld = ld, .k = k, .is_bf16 = is_bf16};
+    pool_call(top_k_team, &c, rows > 1 ? rows * vocab : 0);
+}

@@ -1,0 +1,98 @@
+/* Sixteen float lanes, one spelling for AVX-512 and AVX2+FMA.
+ *
+ * Owns: the vector type `v16`, loads and stores of float and bfloat16 (whole and partial), the bfloat16 pair expansion
+ * that the packed weights need, the 16x16 transpose, exp and tanh.
+ * The instruction set is fixed when the file is compiled (build.py compiles for the processor it runs on), so nothing
+ * here is dispatched at run time.  NaN goes through every function: a poisoned row must stay visible to the caller.
+ */
+#ifndef QUARTET_SIMD_H
+#define QUARTET_SIMD_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+typedef uint16_t bf16;
+
+INLINE float bf16_to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE bf16 float_to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return (bf16)((bits >> 16) | 0x40);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__)
+#include "simd_avx2.h"
+#else
+#error "needs AVX-512F/BW/VL/DQ or AVX2+FMA"
+#endif
+
+/* Loads and stores whose element type is known only to the caller; `is_bf16` is a constant after inlining. */
+INLINE v16 v_load_any(const void *p, long i, int is_bf16) {
+    return is_bf16 ? v_load_bf16((const bf16 *)p + i) : v_load((const float *)p + i);
+}
+INLINE v16 v_load_any_n(const void *p, long i, int n, int is_bf16) {
+    if (n == 16) return v_load_any(p, i, is_bf16);
+    return is_bf16 ? v_load_bf16_n((const bf16 *)p + i, n) : v_load_n((const float *)p + i, n);
+}
+INLINE void v_store_any(void *p, long i, v16 v, int is_bf16) {
+    if (is_bf16) v_store_bf16((bf16 *)p + i, v);
+    else v_store((float *)p + i, v);
+}
+INLINE void v_store_any_n(void *p, long i, v16 v, int n, int is_bf16) {
+    if (n == 16) v_store_any(p, i, v, is_bf16);
+    else if (is_bf16) v_store_bf16_n((bf16 *)p + i, v, n);
+    else v_store_n((float *)p + i, v, n);
+}
+INLINE float load_scalar(const void *p, long i, int is_bf16) {
+    return is_bf16 ? bf16_to_float(((const bf16 *)p)[i]) : ((const float *)p)[i];
+}
+INLINE void store_scalar(void *p, long i, float v, int is_bf16) {
+    if (is_bf16) ((bf16 *)p)[i] = float_to_bf16(v);
+    else ((float *)p)[i] = v;
+}
+
+/* exp(x): Cody-Waite reduction and a degree-6 polynomial, about 1 ulp; exp(-inf) = 0, exp(NaN) = NaN. */
+INLINE v16 v_exp(v16 x) {
+    x = v_max(v_set1(-104.0f), x); /* x second: max returns its second operand when one is NaN */
+    x = v_min(v_set1(88.7f), x);
+    v16 n = v_round(v_mul(x, v_set1(1.44269504088896341f)));
+    v16 r = v_fma(n, v_set1(-0.693359375f), x);
+    r = v_fma(n, v_set1(2.12194440e-4f), r);
+    v16 p = v_set1(1.9875691500e-4f);
+    p = v_fma(p, r, v_set1(1.3981999507e-3f));
+    p = v_fma(p, r, v_set1(8.3334519073e-3f));
+    p = v_fma(p, r, v_set1(4.1665795894e-2f));
+    p = v_fma(p, r, v_set1(1.6666665459e-1f));
+    p = v_fma(p, r, v_set1(5.0000001201e-1f));
+    p = v_fma(p, v_mul(r, r), v_add(r, v_set1(1.0f)));
+    return v_ldexp(p, n);
+}
+
+/* tanh through exp: the error is absolute (about 1e-7), which is what gates and soft caps need. */
+INLINE v16 v_tanh(v16 x) {
+    v16 e = v_exp(v_mul(x, v_set1(2.0f)));
+    return v_sub(v_set1(1.0f), v_div(v_set1(2.0f), v_add(e, v_set1(1.0f))));
+}
+
+INLINE v16 v_silu(v16 x) {
+    return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), x))));
+}
+
+INLINE v16 v_gelu_tanh(v16 x) {
+    v16 inner = v_mul(v_mul(x, v_set1(0.7978845608028654f)), v_fma(v_mul(x, x), v_set1(0.044715f), v_set1(1.0f)));
+    return v_mul(v_mul(v_set1(0.5f), x), v_add(v_set1(1.0f), v_tanh(inner)));
+}
+
+#endif

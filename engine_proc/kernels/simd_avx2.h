@@ -1,0 +1,146 @@
+/* The AVX2+FMA side of simd.h: a v16 is two registers; partial loads and stores go through a small buffer. */
+typedef struct {
+    __m256 lo, hi;
+} v16;
+
+#define V_EACH1(name, op) \
+    INLINE v16 name(v16 a) { return (v16){op(a.lo), op(a.hi)}; }
+#define V_EACH2(name, op) \
+    INLINE v16 name(v16 a, v16 b) { return (v16){op(a.lo, b.lo), op(a.hi, b.hi)}; }
+
+INLINE v16 v_zero(void) { return (v16){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE v16 v_set1(float x) { return (v16){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE v16 v_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void v_store(float *p, v16 v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+}
+V_EACH2(v_add, _mm256_add_ps)
+V_EACH2(v_sub, _mm256_sub_ps)
+V_EACH2(v_mul, _mm256_mul_ps)
+V_EACH2(v_div, _mm256_div_ps)
+V_EACH2(v_max, _mm256_max_ps)
+V_EACH2(v_min, _mm256_min_ps)
+INLINE v16 v_fma(v16 a, v16 b, v16 c) {
+    return (v16){_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+#define V_ROUND8(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+V_EACH1(v_round, V_ROUND8)
+
+/* 2^n for integral n in [-150, 128], in two factors so that the exponent field never wraps. */
+INLINE __m256 v_ldexp8(__m256 a, __m256 n) {
+    __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
+    __m256i bias = _mm256_set1_epi32(127);
+    __m256 f = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+    __m256 g = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+    return _mm256_mul_ps(_mm256_mul_ps(a, f), g);
+}
+V_EACH2(v_ldexp, v_ldexp8)
+
+INLINE float v_sum(v16 v) {
+    __m256 a = _mm256_add_ps(v.lo, v.hi);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+INLINE float v_hmax(v16 v) {
+    __m256 a = _mm256_max_ps(v.lo, v.hi);
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+
+INLINE v16 v_load_n(const float *p, int n) {
+    float t[16] = {0};
+    memcpy(t, p, 4 * (size_t)n);
+    return v_load(t);
+}
+INLINE void v_store_n(float *p, v16 v, int n) {
+    float t[16];
+    v_store(t, v);
+    memcpy(p, t, 4 * (size_t)n);
+}
+/* Lanes [from, to) of v, `other` elsewhere. */
+INLINE v16 v_keep(v16 v, int from, int to, v16 other) {
+    float a[16], b[16];
+    v_store(a, v);
+    v_store(b, other);
+    for (int i = from; i < to; i++) b[i] = a[i];
+    return v_load(b);
+}
+INLINE int v_any_nan(v16 v) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q),
+                                           _mm256_cmp_ps(v.hi, v.hi, _CMP_UNORD_Q))) != 0;
+}
+/* Bit i is set where a[i] > b[i]. */
+INLINE unsigned v_gt_bits(v16 a, v16 b) {
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ)) |
+           (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)) << 8;
+}
+
+INLINE __m256 v_widen8(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+INLINE v16 v_load_bf16(const bf16 *p) {
+    return (v16){v_widen8(_mm_loadu_si128((const __m128i *)p)), v_widen8(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+INLINE v16 v_load_bf16_n(const bf16 *p, int n) {
+    bf16 t[16] = {0};
+    memcpy(t, p, 2 * (size_t)n);
+    return v_load_bf16(t);
+}
+INLINE __m256i v_round_bf16(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lsb);
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(even, quiet, nan), 16);
+}
+INLINE void v_store_bf16(bf16 *p, v16 v) {
+    __m256i packed = _mm256_packus_epi32(v_round_bf16(v.lo), v_round_bf16(v.hi));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+INLINE void v_store_bf16_n(bf16 *p, v16 v, int n) {
+    bf16 t[16];
+    v_store_bf16(t, v);
+    memcpy(p, t, 2 * (size_t)n);
+}
+
+/* Of 16 bfloat16 pairs (32 values): the even or the odd members as floats. */
+#define V_EVEN8(x) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16))
+#define V_ODD8(x) _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32((int)0xffff0000)))
+V_EACH1(v_pair_even, V_EVEN8)
+V_EACH1(v_pair_odd, V_ODD8)
+
+INLINE void v_transpose8(__m256 r[8]) {
+    __m256 t[8], s[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int h = 0; h < 2; h++) {
+            s[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+            s[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+        }
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
+    }
+}
+
+/* r[i][j] <- r[j][i], any 32-bit lanes: four 8x8 quarters, the off-diagonal two swapped. */
+INLINE void v_transpose16(v16 r[16]) {
+    __m256 q[4][8];
+    for (int i = 0; i < 8; i++) {
+        q[0][i] = r[i].lo;
+        q[1][i] = r[i].hi;
+        q[2][i] = r[i + 8].lo;
+        q[3][i] = r[i + 8].hi;
+    }
+    for (int i = 0; i < 4; i++) v_transpose8(q[i]);
+    for (int i = 0; i < 8; i++) {
+        r[i] = (v16){q[0][i], q[2][i]};
+        r[i + 8] = (v16){q[1][i], q[3][i]};
+    }
+}

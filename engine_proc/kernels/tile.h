@@ -1,0 +1,46 @@
+/* The innermost products: a few rows of activations times one 32-column panel of packed weights.
+ *
+ * Owns: the register tiles.  C[rows][32] (+)= A[rows][k] x panel, rows <= TILE_ROWS, everything accumulated in float32.
+ * Every tile adds the products of one output in ascending k into one accumulator, whatever the number of rows: a row's
+ * result is bit for bit the same alone, in a batch and in a prefill chunk.  Keep it so.
+ *
+ * Panel layouts (see linear.h): float [k][32]; bfloat16 [k/2][32][2].
+ */
+#ifndef QUARTET_TILE_H
+#define QUARTET_TILE_H
+
+#include "simd.h"
+
+#define PANEL 32 /* columns of a panel */
+
+#if defined(__AVX512F__)
+#define TILE_ROWS 12 /* 12 rows x 2 registers of accumulators, 2 of weights, 1 broadcast: 27 of 32 */
+#define TILE_VECS 2  /* v16 columns a tile holds at once */
+#else
+#define TILE_ROWS 6 /* 6 rows x 1 v16 (two registers): 12 of 16 */
+#define TILE_VECS 1
+#endif
+
+typedef void (*tile_f32_fn)(const float *a, long lda, const float *panel, long k, float *c, long ldc, int accumulate);
+typedef void (*tile_bf16_fn)(const void *a, long lda, const bf16 *panel, long k, float *c);
+
+extern const tile_f32_fn tile_f32[TILE_ROWS + 1];   /* index: number of rows */
+extern const tile_bf16_fn tile_bf16[TILE_ROWS + 1]; /* c has PANEL columns; a is BF16_OPERAND */
+
+/* What tile_bf16 multiplies the weights with: bfloat16 rows where the processor has a bfloat16 dot product, else
+ * rows already widened to float. */
+#if defined(__AVX512BF16__) || defined(QUARTET_EMULATE_BF16_DOT)
+#define BF16_DOT 1
+typedef bf16 bf16_operand;
+#else
+#define BF16_DOT 0
+typedef float bf16_operand;
+#endif
+
+/* Rows of the next tile when `left` rows remain: as even a split as possible, so that 13 rows go 7 + 6, not 12 + 1. */
+INLINE long tile_rows(long left) {
+    long tiles = (left + TILE_ROWS - 1) / TILE_ROWS;
+    return (left + tiles - 1) / tiles;
+}
+
+#endif

@@ -1,0 +1,185 @@
+"""One choice of one request: its decoder, its stop strings, and what was not yet sent to its frontend.
+
+Run by the detokenizer; DetokWorker owns the choices. Output that waits is merged, so that its memory is bounded by
+the text of the choice. Nothing here looks at a clock or at a socket.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detok_proc.stops import Stops
+from detok_proc.stream import open_text, whole_text
+from detok_proc.vocab import Vocab
+from pipeline.messages import Finish, Logprobs, Open, TextDelta, TokenOut, Usage, unpack_ids
+
+ENDS = (Finish.EOS, Finish.STOP_ID)     # the last id is what ended the text, not part of it
+
+
+class Gap(Exception):
+    """Ids are missing between what the choice has and what arrived: a message of its engine was lost."""
+
+
+class Choice:
+    """`have` output ids were decoded and `chars` characters of their text released; `sent_*` of them left the stage."""
+
+    __slots__ = (
+        "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "finish",
+        "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts", "_ids",
+        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage")
+
+    def __init__(self, opened: Open, vocab: Vocab, engine: int, engine_epoch: int) -> None:
+        """Replays `opened.history` silently: the first delta follows what an undisturbed run would have sent."""
+        spec, left, history = opened.spec, unpack_ids(opened.left), unpack_ids(opened.history)
+        self.rid, self.engine, self.engine_epoch = opened.rid, engine, engine_epoch
+        self.have = self.chars = 0
+        self.stopped = False                  # by a stop string; the engine's closing record is still to come
+        self.waiting = False                  # in the worker's list of choices with output
+        self._vocab = vocab
+        self._text = open_text(
+            vocab, left, skip_special=spec.skip_special, spaces=spec.spaces_between_special or spec.skip_special)
+        self._stops = Stops(spec.stop, spec.include_stop) if spec.stop else None
+        self._min_tokens, self._include_stop = spec.min_tokens, spec.include_stop
+        self._left, self._left_done = left, 0
+        self._usage: Usage | None = None
+        self._texts: list[str] = []
+        self._ids: list[bytes] = []
+        self._logprobs: list[Logprobs] = []
+        self._prompt_logprobs: list[Logprobs] = []
+        self._prompt_text: str | None = None
+        self._new_usage: Usage | None = None
+        self.finish, self._stop = Finish.RUNNING, None  # type: int, str | int | None
+        if history:
+            self._replay(history)
+        elif spec.echo:
+            self._prompt_text = whole_text(vocab, left, skip_special=spec.skip_special)
+        self.sent_have, self.sent_chars = self.have, self.chars
+
+    def _replay(self, history: Sequence[int]) -> None:
+        text, self.have = self._decode(history)
+        self.chars = len(text)
+        if self._stops is not None and self._stops.hit is not None:
+            # The predecessor found the stop string, but its last words were lost: say them again.
+            self.finish, self._stop, self.stopped = Finish.STOP_STRING, self._stops.hit, True
+            self._new_usage = Usage(0, 0, self.have)
+
+    def apply(self, out: TokenOut) -> int | None:
+        """Decode what one step gave; the number of output tokens up to a stop string that this completed.
+
+        Raises Gap when ids before these are missing. Ids that were seen before are skipped.
+        """
+        if out.start != self.have:
+            out = self._rest(out)
+        packed, finish, logprobs = out.ids, out.finish, out.logprobs
+        numbers: Sequence[int] = (int.from_bytes(packed, "little"),) if len(packed) == 4 else unpack_ids(packed)
+        if logprobs is not None:
+            self._name(logprobs, numbers)
+        if out.prompt_logprobs is not None:
+            prompt = out.prompt_logprobs
+            count = len(prompt.values) // 4
+            self._name(prompt, self._left[self._left_done:self._left_done + count])
+            self._left_done += count
+            self._prompt_logprobs.append(prompt)
+        if out.usage is not None:
+            self._usage = self._new_usage = out.usage
+        if finish and finish in ENDS and not self._include_stop:
+            text, count = self._decode(numbers[:-1])
+        else:
+            text, count = self._decode(numbers)
+        if self._stops is not None and self._stops.hit is not None:
+            packed, finish, self._stop, self.stopped = packed[:4 * count], Finish.STOP_STRING, self._stops.hit, True
+            logprobs = None if logprobs is None else _slice(logprobs, 0, count)
+        else:
+            count = len(numbers)
+            if finish:
+                text += (self._stops.end() if self._stops is not None else "") + self._text.end()
+                self._stop = out.stop_id if finish == Finish.STOP_ID else None
+        self.have += count
+        self.finish = finish
+        self._ids.append(packed)
+        if text:
+            self.chars += len(text)
+            self._texts.append(text)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        if not self.stopped:
+            return None
+        usage = self._usage or Usage(0, 0, 0)
+        self._new_usage = Usage(usage.prompt_tokens, usage.cached_tokens, self.have)
+        return self.have
+
+    def delta(self) -> TextDelta:
+        """Everything that waits, as one delta. Call `sent` when it was taken."""
+        texts, ids = self._texts, self._ids
+        return TextDelta(
+            self.rid, self.sent_chars, texts[0] if len(texts) == 1 else "".join(texts), self.sent_have,
+            ids[0] if len(ids) == 1 else b"".join(ids), self.finish, self._stop,
+            _join(self._logprobs) if self._logprobs else None, self._prompt_text,
+            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
+
+    def sent(self) -> None:
+        self.sent_have, self.sent_chars, self.waiting = self.have, self.chars, False
+        self._texts.clear()
+        self._ids.clear()
+        self._prompt_text = self._new_usage = None
+        if self._logprobs:
+            self._logprobs.clear()
+        if self._prompt_logprobs:
+            self._prompt_logprobs.clear()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes `delta` takes on the wire."""
+        size = 100 + 2 * (self.chars - self.sent_chars) + 4 * (self.have - self.sent_have)
+        if self._logprobs or self._prompt_logprobs:
+            size += sum([len(part.values) * (8 + 4 * part.k) for part in (*self._logprobs, *self._prompt_logprobs)])
+        return size
+
+    def assert_invariants(self) -> None:
+        assert 0 <= self.sent_chars <= self.chars and 0 <= self.sent_have <= self.have
+        assert sum(map(len, self._texts)) == self.chars - self.sent_chars
+        assert sum(map(len, self._ids)) == 4 * (self.have - self.sent_have)
+        assert not self.stopped or self.finish == Finish.STOP_STRING or self._stops is not None
+
+    def _decode(self, numbers: Sequence[int]) -> tuple[str, int]:
+        """(text released by the next ids, how many of the ids were used: fewer than all at a stop string)."""
+        if self._stops is None:
+            return (self._text.push(numbers[0]) if len(numbers) == 1 else self._text.push_all(numbers)), len(numbers)
+        parts, push, stops = [], self._text.push, self._stops
+        for count, number in enumerate(numbers, 1):
+            piece = push(number)
+            if piece:
+                parts.append(stops.push(piece, self.have + count > self._min_tokens))
+                if stops.hit is not None:
+                    return "".join(parts), count
+        return "".join(parts), len(numbers)
+
+    def _rest(self, out: TokenOut) -> TokenOut:
+        """`out` without the ids that the choice already has."""
+        if out.start > self.have:
+            raise Gap
+        seen = min(self.have - out.start, len(out.ids) // 4)
+        logprobs = None if out.logprobs is None else _slice(out.logprobs, seen, len(out.ids) // 4)
+        return TokenOut(out.rid, self.have, out.ids[4 * seen:], out.finish, out.stop_id, logprobs, None, out.usage)
+
+    def _name(self, logprobs: Logprobs, numbers: Sequence[int]) -> None:
+        """Fill in the bytes of the tokens."""
+        piece = self._vocab.piece
+        logprobs.tokens = [piece(number) for number in numbers]
+        logprobs.top_tokens = [piece(number) for number in unpack_ids(logprobs.top_ids)]
+
+
+def _slice(part: Logprobs, begin: int, end: int) -> Logprobs:
+    """Tokens begin..end of `part`."""
+    k = part.k
+    return Logprobs(k, part.values[4 * begin:4 * end], part.ranks[4 * begin:4 * end],
+                    part.top_ids[4 * k * begin:4 * k * end], part.top_values[4 * k * begin:4 * k * end],
+                    part.tokens[begin:end], part.top_tokens[k * begin:k * end])
+
+
+def _join(parts: list[Logprobs]) -> Logprobs:
+    if len(parts) == 1:
+        return parts[0]
+    return Logprobs(
+        parts[0].k, b"".join([p.values for p in parts]), b"".join([p.ranks for p in parts]),
+        b"".join([p.top_ids for p in parts]), b"".join([p.top_values for p in parts]),
+        [t for p in parts for t in p.tokens], [t for p in parts for t in p.top_tokens])

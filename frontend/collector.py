@@ -1,0 +1,83 @@
+"""Merging buffers between the request table and whoever reads an answer: per choice one `Update`, never a queue.
+
+While a reader is slow, text, ids and log-probabilities of the same choice are joined, so that memory is bounded by the
+length of the answer. No sanic, no zmq; the frontend's loop runs it, and so may any other client of the pipeline.
+"""
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from pipeline.messages import Finish, Logprobs
+
+
+def size_of(logprobs: Logprobs) -> int:
+    """The number of tokens described; ValueError where the arrays do not fit each other."""
+    n, k = len(logprobs.values) // 4, logprobs.k
+    expected = (len(logprobs.values) == 4 * n, len(logprobs.ranks) == 4 * n, len(logprobs.top_ids) == 4 * n * k,
+                len(logprobs.top_values) == 4 * n * k, len(logprobs.tokens) == n, len(logprobs.top_tokens) == n * k)
+    if not all(expected):
+        raise ValueError("arrays of log-probabilities of different lengths")
+    return n
+
+
+def tail(logprobs: Logprobs, skip: int) -> Logprobs:
+    """Without the first `skip` tokens."""
+    k = logprobs.k
+    return Logprobs(
+        k, logprobs.values[4 * skip:], logprobs.ranks[4 * skip:], logprobs.top_ids[4 * skip * k:],
+        logprobs.top_values[4 * skip * k:], logprobs.tokens[skip:], logprobs.top_tokens[skip * k:])
+
+
+def join(pieces: list[Logprobs]) -> Logprobs | None:
+    """All pieces one after the other; they have the same k."""
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
+    return Logprobs(
+        pieces[0].k, b"".join(p.values for p in pieces), b"".join(p.ranks for p in pieces),
+        b"".join(p.top_ids for p in pieces), b"".join(p.top_values for p in pieces),
+        [t for p in pieces for t in p.tokens], [t for p in pieces for t in p.top_tokens])
+
+
+@dataclass(slots=True)
+class Update:
+    """What one choice gained since the reader last looked."""
+
+    index: int                               # of the choice in the answer
+    text: str = ""
+    ids: array[int] = field(default_factory=lambda: array("I"))
+    logprobs: Logprobs | None = None         # of `ids`
+    finish: Finish = Finish.RUNNING
+    stop: str | int | None = None
+    completion_tokens: int = 0               # output tokens of the choice so far, these included
+
+
+class Buffer:
+    """Collects the output of one choice until it is taken."""
+
+    __slots__ = ("index", "finish", "stop", "_text", "_ids", "_logprobs")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._text: list[str] = []
+        self._ids = array("I")
+        self._logprobs: list[Logprobs] = []
+        self.finish = Finish.RUNNING
+        self.stop: str | int | None = None
+
+    def add(self, text: str, ids: array[int], logprobs: Logprobs | None) -> None:
+        if text:
+            self._text.append(text)
+        if ids:
+            self._ids.extend(ids)
+            if logprobs is not None:
+                self._logprobs.append(logprobs)
+
+    def end(self, finish: Finish, stop: str | int | None) -> None:
+        self.finish, self.stop = finish, stop
+
+    def take(self, completion_tokens: int) -> Update:
+        update = Update(self.index, "".join(self._text), self._ids, join(self._logprobs), self.finish, self.stop,
+                        completion_tokens)
+        self._text, self._ids, self._logprobs = [], array("I"), []
+        return update

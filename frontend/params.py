@@ -1,0 +1,251 @@
+"""Validated bodies to what the table computes and the answer shows: defaults, limits that depend on the model, rules.
+
+Defaults: the request over the model's generation defaults over this table's. Everything that one field means for
+another is checked here, after the defaults are filled in. Run by the frontend; pure functions.
+"""
+from __future__ import annotations
+
+import json
+import secrets
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+from frontend.fields import MAX_PROMPTS
+from frontend.request import Prompt, Spec
+from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
+from pipeline.config import ModelConfig, ServerConfig
+from pipeline.errors import QuartetError, invalid
+from pipeline.messages import Chat, pack_ids
+from pipeline.params import DetokSpec, SamplingParams
+
+COMPLETION_MAX_TOKENS = 16
+U64 = 2**64 - 1
+
+
+@dataclass(slots=True, kw_only=True)
+class Ask:
+    """A request as its handler sees it: what to compute, and how the answer is to look."""
+
+    spec: Spec
+    model: str                               # the served name that answers carry
+    max_tokens: int | None                   # None: the rest of the context
+    logprobs: int | None = None              # show this many alternatives; None: no log-probabilities
+    prompt_logprobs: bool = False            # show them as a field of their own
+    echo: str = ""                           # chat: what the answer continues
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False              # log-probabilities name tokens "token_id:N"
+
+
+def find_model(config: ServerConfig, name: str | None) -> int:
+    """The number of the model that `name` asks for; without a name the only one there is."""
+    if not name:
+        if len(config.models) == 1:
+            return 0
+        raise invalid("The parameter 'model' is required: this server has several models.", "model")
+    for number, model in enumerate(config.models):
+        if name in model.names:
+            return number
+    raise QuartetError("model_not_found", f"The model '{name[:100]}' does not exist.", "model")
+
+
+def generating_model(config: ServerConfig, name: str | None) -> tuple[int, ModelConfig]:
+    number = find_model(config, name)
+    model = config.models[number]
+    if model.task != "generate":
+        raise invalid(f"The model '{model.names[0]}' does not generate text.", "model")
+    return number, model
+
+
+def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
+    number, model = generating_model(config, body.model)
+    asked = body.max_tokens if body.max_tokens is not None else _default(model, "max_new_tokens", COMPLETION_MAX_TOKENS)
+    max_tokens = min(int(asked), model.max_model_len) if body.max_tokens is None else body.max_tokens
+    echo = bool(body.echo)
+    if max_tokens == 0 and not echo:
+        raise invalid("'max_tokens' must be at least 1, or 0 together with 'echo'.", "max_tokens")
+    prompts = [Prompt(text=p) if isinstance(p, str) else Prompt(ids=_prompt_ids(p, model)) for p in body.prompt]
+    spec = _spec(body, config, model, number, prompts, max_tokens, body.logprobs, True, now_ns)
+    spec.detok.echo = echo
+    if echo and body.logprobs is not None and body.prompt_logprobs is None:
+        spec.sampling.prompt_logprobs = body.logprobs
+    return _ask(body, spec, model, max_tokens, body.logprobs)
+
+
+def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int) -> Ask:
+    """`raw`: the parsed body, whose messages go to the template as they are."""
+    number, model = generating_model(config, body.model)
+    if body.max_tokens is not None and body.max_completion_tokens is not None \
+            and body.max_tokens != body.max_completion_tokens:
+        raise invalid("'max_tokens' and 'max_completion_tokens' contradict each other.", "max_tokens")
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if max_tokens == 0:
+        raise invalid("'max_tokens' must be at least 1.", "max_tokens")
+    if max_tokens is None:
+        default = _default(model, "max_new_tokens", None)
+        max_tokens = None if default is None else min(int(default), model.max_model_len)
+    if body.top_logprobs and not body.logprobs:
+        raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    prompt = Prompt(chat=template_input(body, raw, config))
+    spec = _spec(body, config, model, number, [prompt], max_tokens, logprobs, False, now_ns)
+    ask = _ask(body, spec, model, max_tokens, logprobs)
+    last = body.messages[-1]
+    if body.echo and last.role == "assistant":
+        ask.echo = _text_of(last)
+    return ask
+
+
+def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig) -> Chat:
+    """What a tokenizer needs to render a chat; QuartetError for content that it could not."""
+    if body.chat_template is not None and not config.trust_request_chat_template:
+        raise QuartetError("unsupported_parameter", "The parameter 'chat_template' is only taken by a server that "
+                                                    "was started with --trust-request-chat-template.", "chat_template")
+    continues = bool(body.continue_final_message)
+    generates = body.add_generation_prompt if body.add_generation_prompt is not None else not continues
+    if continues and generates:
+        raise invalid("'continue_final_message' and 'add_generation_prompt' cannot both be true.",
+                      "continue_final_message")
+    for i, message in enumerate(body.messages):
+        _check_message(message, f"messages[{i}]")
+    kwargs = dict(body.chat_template_kwargs or {})
+    effort = getattr(body, "reasoning_effort", None)
+    if effort is not None:
+        kwargs.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            kwargs.setdefault("enable_thinking", False)
+    return Chat(
+        messages_json=_dump(raw["messages"]), kwargs_json=_dump(kwargs) if kwargs else b"",
+        template=body.chat_template, add_generation_prompt=generates, continue_final_message=continues,
+        documents_json=_dump(body.documents) if body.documents else b"")
+
+
+def _check_message(message: Message, where: str) -> None:
+    if message.content is None:
+        if not (message.role == "assistant" and message.tool_calls):
+            raise invalid(f"'{where}.content' must be a string or a list of parts.", f"{where}.content")
+        return
+    for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+        if isinstance(part, str):
+            continue
+        if part.type not in TEXT_PARTS:
+            raise QuartetError("unsupported_parameter", f"Content parts of type '{part.type[:40]}' are not supported "
+                                                        "by this model.", f"{where}.content[{j}].type")
+        if _part_text(part) is None:
+            raise invalid(f"'{where}.content[{j}]' has no text.", f"{where}.content[{j}]")
+
+
+def _part_text(part: Part) -> str | None:
+    value = getattr(part, part.type if part.type in ("refusal", "thinking") else "text", None)
+    return value if isinstance(value, str) else None
+
+
+def _text_of(message: Message) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    return "\n".join(p if isinstance(p, str) else _part_text(p) or "" for p in message.content)
+
+
+def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int, prompts: list[Prompt],
+          max_tokens: int | None, logprobs: int | None, add_special: bool, now_ns: int) -> Spec:
+    n = body.n or 1
+    if len(prompts) * n > MAX_PROMPTS:
+        raise invalid(f"The number of prompts times 'n' may not exceed {MAX_PROMPTS}.", "n")
+    if body.best_of is not None and body.best_of != n:
+        raise QuartetError("unsupported_parameter", "The parameter 'best_of' is only supported with the value of 'n'.",
+                           "best_of")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("'stream_options' needs 'stream' to be true.", "stream_options")
+    _check_logprobs(body, config, logprobs)
+    if body.priority and model.engine.scheduling_policy != "priority":
+        raise QuartetError("unsupported_parameter", "The parameter 'priority' needs a server that was started with "
+                                                    "--scheduling-policy priority.", "priority")
+    if body.truncate_prompt_tokens is not None and not (
+            body.truncate_prompt_tokens == -1 or 1 <= body.truncate_prompt_tokens <= model.max_model_len):
+        raise invalid(f"'truncate_prompt_tokens' must be -1 or between 1 and {model.max_model_len}.",
+                      "truncate_prompt_tokens")
+    detok = DetokSpec(
+        model=number, stop=list(body.stop or ()), include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=body.min_tokens or 0, skip_special=body.skip_special_tokens is not False,
+        spaces_between_special=body.spaces_between_special_tokens is not False)
+    return Spec(
+        model=number, prompts=prompts, n=n, sampling=_sampling(body, config, model, max_tokens, logprobs), detok=detok,
+        add_special=add_special if body.add_special_tokens is None else body.add_special_tokens,
+        truncate=body.truncate_prompt_tokens, deadline_ns=now_ns + int(config.http.request_timeout_s * 1e9),
+        priority=body.priority or 0, salt=(body.cache_salt or "").encode(), stream=bool(body.stream),
+        want_prompt_ids=bool(body.return_token_ids))
+
+
+def _check_logprobs(body: Sampling, config: ServerConfig, logprobs: int | None) -> None:
+    name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    for value, param in ((logprobs, name), (body.prompt_logprobs, "prompt_logprobs")):
+        if value is not None and value > config.http.max_logprobs:
+            raise invalid(f"'{param}' may be at most {config.http.max_logprobs}.", param)
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+
+
+def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_tokens: int | None,
+              logprobs: int | None) -> SamplingParams:
+    limit = model.max_model_len
+    if max_tokens is not None and max_tokens > limit:
+        raise invalid(f"'max_tokens' may be at most {limit}, the context length of the model.", "max_tokens")
+    budget = limit if max_tokens is None else max_tokens
+    if (body.min_tokens or 0) > budget:
+        raise invalid(f"'min_tokens' may not exceed 'max_tokens' ({budget}).", "min_tokens")
+    bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
+    _check_ids(list(bias), model, "logit_bias")
+    _check_ids(body.stop_token_ids or [], model, "stop_token_ids")
+    return SamplingParams(
+        temperature=_real(body.temperature, model, "temperature", 1.0), top_p=_real(body.top_p, model, "top_p", 1.0),
+        top_k=max(0, int(_real(body.top_k, model, "top_k", 0))), min_p=_real(body.min_p, model, "min_p", 0.0),
+        seed=_seed(body.seed, config), max_tokens=budget, min_tokens=body.min_tokens or 0,
+        presence_penalty=_real(body.presence_penalty, model, "presence_penalty", 0.0),
+        frequency_penalty=_real(body.frequency_penalty, model, "frequency_penalty", 0.0),
+        repetition_penalty=_real(body.repetition_penalty, model, "repetition_penalty", 1.0),
+        ignore_eos=bool(body.ignore_eos), stop_ids=pack_ids(body.stop_token_ids or ()), bias_ids=pack_ids(bias),
+        bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+
+
+def _ask(body: Sampling, spec: Spec, model: ModelConfig, max_tokens: int | None, logprobs: int | None) -> Ask:
+    options = body.stream_options
+    usage = bool(options and options.include_usage)
+    continuous = bool(options and options.continuous_usage_stats)
+    if continuous and not usage:
+        raise invalid("'continuous_usage_stats' needs 'include_usage' to be true.", "stream_options")
+    return Ask(
+        spec=spec, model=model.names[0], max_tokens=max_tokens, logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None, include_usage=usage, continuous_usage=continuous,
+        token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids))
+
+
+def _default(model: ModelConfig, name: str, otherwise: Any) -> Any:
+    value = model.generation_defaults.get(name)
+    return otherwise if value is None else value
+
+
+def _real(value: float | None, model: ModelConfig, name: str, otherwise: float) -> float:
+    return float(value if value is not None else _default(model, name, otherwise))
+
+
+def _seed(seed: int | None, config: ServerConfig) -> int:
+    if seed is not None and seed != -1:
+        return seed & U64
+    return secrets.randbits(64) if config.seed is None else config.seed & U64
+
+
+def _prompt_ids(ids: list[int], model: ModelConfig) -> bytes:
+    _check_ids(ids, model, "prompt")
+    return pack_ids(ids)
+
+
+def _check_ids(ids: list[int], model: ModelConfig, param: str) -> None:
+    """The width of the logits bounds every id; the engine checks again."""
+    if ids and max(ids) >= (model.vocab_size or 2**32):
+        raise invalid(f"'{param}' holds a token id that the model does not have.", param)
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

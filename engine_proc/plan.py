@@ -6,7 +6,7 @@ aborts, stops or deadlines are marked meanwhile.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine_proc.request import Sequence
 from pipeline.messages import Logprobs
@@ -57,6 +57,7 @@ class Runner(Protocol):
     num_blocks: int                           # KV blocks, block 0 included
     block_size: int
     vocab_size: int                           # width of the logits
+    facts: dict[str, Any]                     # for the beacon: dtype, device, architecture, ... (JSON values)
 
     def admit(self, seq: Sequence) -> None:
         """Give `seq` a fresh sampler slot (zeroed), replaying penalties over its tokens."""

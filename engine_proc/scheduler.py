@@ -86,12 +86,14 @@ class Scheduler:
 
     def reap(self) -> list[Sequence]:
         """End the marked sequences that no step holds; `collect` ends the others."""
-        ended = []
+        ended, held = [], []
         for seq in reversed(self.marked):             # siblings ahead of their leader
-            if not seq.finish and not seq.num_in_flight:
+            if seq.num_in_flight:
+                held.append(seq)
+            elif not seq.finish:
                 self._end(seq, seq.mark)
                 ended.append(seq)
-        self.marked.clear()
+        self.marked = held
         return ended
 
     # ---- planning ------------------------------------------------------------------------------------------------

@@ -1,0 +1,46 @@
+"""`python -m engine_proc --config FILE --index N --epoch E`: one engine process serving one model.
+
+Loads the runner while its beacon tells the launcher how far it is, then hands the engine's loop to the stage.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+from engine_proc.core import EngineCore
+from engine_proc.plan import Runner
+from pipeline.config import ModelConfig
+from pipeline.errors import StartError
+from pipeline.exits import CONFIG
+from pipeline.messages import Kind
+from pipeline.stage import Context, run
+
+
+def load(model: ModelConfig, context: Context) -> Runner:
+    """The runner that the configuration asks for. Only here does torch come into the process."""
+    if model.engine.backend == "null":
+        from engine_proc.null import NullRunner
+        return NullRunner(model.engine, model.vocab_size)
+    from engine_proc.loader import load_runner
+    return load_runner(model, context.progress)
+
+
+def build(context: Context) -> EngineCore:
+    engines = context.config.engines()
+    if not 0 <= context.index < len(engines):
+        raise StartError(CONFIG, f"The configuration has no engine number {context.index}.")
+    model = context.config.models[engines[context.index]]
+    context.progress("loading", 0)
+    runner = load(model, context)
+    core = EngineCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
+                      context.registry)
+    context.status.facts_json = json.dumps({
+        **runner.facts, "max_model_len": model.max_model_len, "vocab_size": runner.vocab_size,
+        "num_blocks": runner.num_blocks, "kv_blocks": runner.num_blocks - 1, "block_size": runner.block_size,
+        "kv_tokens": (runner.num_blocks - 1) * runner.block_size}).encode()
+    return core
+
+
+if __name__ == "__main__":
+    sys.exit(run(Kind.ENGINE, build))

@@ -78,7 +78,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of the index, the single file, or whatever *.safetensors there is."""
+    """The safetensors files of a checkpoint: those of the index, or the single file, or all that there are."""
     index = directory / INDEX
     if index.exists():
         weight_map = read_json(index).get("weight_map")

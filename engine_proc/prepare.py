@@ -1,4 +1,4 @@
-"""Makes a model loadable: GGUF file, Hugging Face directory or hub id -> a directory with config, safetensors, tokenizer.
+"""Makes a model loadable: GGUF file, Hugging Face directory or hub id -> config, safetensors and tokenizer.json.
 
     python -m engine_proc.prepare --source PATH_OR_GGUF_OR_HUB_ID --out-root CACHE_DIR [--tokenizer DIR]
 
@@ -28,12 +28,20 @@ from pipeline.exits import MODEL_LOAD
 Progress = Callable[[str, int], None]
 FORMAT = "2"                        # part of the cache key: raise it when a conversion changes
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+HUB_ERRORS = {
+    "LocalEntryNotFoundError": "it is not in the local cache and the hub cannot be reached",
+    "OfflineModeIsEnabled": "it is not in the local cache and the hub is switched off (HF_HUB_OFFLINE)",
+    "RepositoryNotFoundError": "the hub has no such repository, or it needs a token (HF_TOKEN)",
+    "GatedRepoError": "the repository needs a token with access (HF_TOKEN)",
+    "RevisionNotFoundError": "the repository has no such revision",
+    "HFValidationError": "it is no valid repository name",
+}
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def prepare(source: str, out_root: Path, tokenizer: str | None, trust_remote_code: bool,
             progress: Progress) -> dict[str, str]:
-    """Return {"path": directory of the weights, "tokenizer": directory of tokenizer.json}; StartError with a sentence."""
+    """{"path": directory of the weights, "tokenizer": directory of tokenizer.json}, or a StartError."""
     path = Path(source).expanduser()
     if path.is_file():
         if not is_gguf(path):
@@ -111,7 +119,8 @@ def prepare_gguf(path: Path, out_root: Path, progress: Progress) -> Path:
             except MemoryError:
                 raise refuse(f"There is not enough memory to convert {path}.") from None
             except OSError as error:
-                raise refuse(f"Converting {path} failed: {error.strerror or 'it is not a readable GGUF file'}.") from None
+                why = error.strerror or "it is not a readable GGUF file"
+                raise refuse(f"Converting {path} failed: {why}.") from None
             except Exception as error:   # transformers and gguf raise anything for a file that they cannot read
                 raise refuse(f"The GGUF file {path} cannot be converted ({_brief(error)}).") from None
     return final
@@ -126,9 +135,8 @@ def prepare_hub(source: str, trust_remote_code: bool, progress: Progress) -> Pat
     try:
         model = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except Exception as error:     # the hub client's errors span several libraries
-        offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
-        raise refuse(f"There is no model directory or file '{source}', and the hub has nothing for it{offline}: "
-                     f"{_brief(error)}.") from None
+        why = HUB_ERRORS.get(type(error).__name__) or _brief(error)
+        raise refuse(f"There is no model directory or file '{source}', and as a hub id: {why}.") from None
     checkpoint.check(model)
     return model
 
@@ -180,15 +188,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(arguments)
     os.umask(0o077)
-    for name, value in (("TQDM_DISABLE", "1"), ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-                        ("HF_HUB_DISABLE_TELEMETRY", "1")):
-        os.environ.setdefault(name, value)
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     stdout = sys.stdout
     try:
         # Libraries print what they like; our protocol has standard output for itself, the sentence standard error.
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            result = prepare(options.source, options.out_root.expanduser(), options.tokenizer, options.trust_remote_code,
-                             lambda phase, percent: _emit(stdout, {"phase": phase, "percent": percent}))
+            result = prepare(
+                options.source, options.out_root.expanduser(), options.tokenizer, options.trust_remote_code,
+                lambda phase, percent: _emit(stdout, {"phase": phase, "percent": percent}))
     except StartError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,109 @@
+"""Turns a step's plan into the tensors of a model batch: packed ids, positions, KV slots, block tables, wanted rows.
+
+NumPy arrays are filled in buffers that live as long as the runner, then seen as tensors; the only loop is the one over
+the plan's items. Engine process; never changes a sequence.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine_proc.attention import AttentionBatch
+from engine_proc.decoder import ModelBatch
+from engine_proc.device import Device
+from engine_proc.plan import PlanItem, StepPlan
+
+
+@dataclass(slots=True, kw_only=True)
+class StepBatch:
+    """A plan as the runner computes it. The first rows of the model's output are sampled, the rest are scored."""
+
+    model: ModelBatch
+    sampled: list[int]                  # numbers of the items that get a token, in order
+    slots: np.ndarray                   # int64 [len(sampled)]: their sampler slots
+    position: np.ndarray                # int64 [len(sampled)]: index of the new token among the output
+    scored: list[tuple[int, int, int]]  # (item, first, end): its rows among the scored ones
+    targets: np.ndarray                 # int64 [scored rows]: the prompt token that follows each
+
+
+class BatchBuilder:
+    """Owns the buffers. They grow to the largest step seen."""
+
+    def __init__(self, device: Device, block_size: int, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
+        self.device, self.block_size = device, block_size
+        self._tokens = np.zeros((3, max_tokens), np.int64)              # ids, positions, slots
+        self._query_start = np.zeros(max_seqs + 1, np.int32)
+        self._context_len = np.zeros(max_seqs, np.int32)
+        self._tables = np.zeros((max_seqs, max_blocks), np.int32)
+
+    def build(self, plan: StepPlan) -> StepBatch:
+        """The batch of a plan. Its arrays are valid until the next call."""
+        items = plan.items
+        size, total = len(items), plan.num_tokens
+        self._reserve(total, size, max(len(item.seq.block_table) for item in items))
+        ids, positions, slots = self._tokens[:, :total]
+        query_start, context_len = self._query_start[:size + 1], self._context_len[:size]
+        width = max(-(-(item.start + item.count) // self.block_size) for item in items)
+        tables = self._tables[:size, :width]
+        tables[:] = 0
+        row = num_decodes = 0
+        for number, item in enumerate(items):
+            seq, end = item.seq, item.start + item.count
+            assert end <= len(seq.tokens) and end <= len(seq.block_table) * self.block_size
+            if item.count == 1:
+                ids[row] = seq.tokens[item.start]
+                num_decodes += num_decodes == number
+            else:
+                ids[row:row + item.count] = seq.tokens[item.start:end]
+            query_start[number] = row
+            context_len[number] = end
+            used = -(-end // self.block_size)
+            tables[number, :used] = seq.block_table[:used]
+            row += item.count
+        query_start[size] = row
+        counts = np.diff(query_start)
+        owner = np.repeat(np.arange(size), counts)
+        positions[:] = np.arange(total) - (query_start[1:] - context_len)[owner]
+        slots[:] = tables[owner, positions // self.block_size].astype(np.int64) * self.block_size
+        slots += positions % self.block_size
+        tensor = self.device.tensor
+        attention = AttentionBatch(
+            query_start=tensor(query_start), context_len=tensor(context_len), block_tables=tensor(tables),
+            slots=tensor(slots), num_decodes=num_decodes, host_query_start=query_start, host_context_len=context_len)
+        return self._wanted(items, ids, positions, query_start, attention)
+
+    def _wanted(self, items: list[PlanItem], ids: np.ndarray, positions: np.ndarray, query_start: np.ndarray,
+                attention: AttentionBatch) -> StepBatch:
+        sampled = [number for number, item in enumerate(items) if item.sample]
+        rows = [query_start[1:][sampled].astype(np.int64) - 1]
+        scored: list[tuple[int, int, int]] = []
+        targets: list[np.ndarray] = []
+        first = 0
+        for number, item in enumerate(items):
+            if not item.prompt_logprobs:
+                continue
+            count = min(item.start + item.count, item.seq.num_prompt - 1) - item.start
+            if count > 0:
+                scored.append((number, first, first + count))
+                first += count
+                rows.append(np.arange(count) + int(query_start[number]))
+                targets.append(np.array(item.seq.tokens[item.start + 1:item.start + 1 + count], np.int64))
+        tensor = self.device.tensor
+        return StepBatch(
+            model=ModelBatch(ids=tensor(ids), positions=tensor(positions), rows=tensor(np.concatenate(rows)),
+                             attention=attention),
+            sampled=sampled, scored=scored,
+            slots=np.array([items[number].seq.slot for number in sampled], np.int64),
+            position=np.array([items[number].start + items[number].count - items[number].seq.num_prompt
+                               for number in sampled], np.int64),
+            targets=np.concatenate(targets) if targets else np.zeros(0, np.int64))
+
+    def _reserve(self, tokens: int, seqs: int, blocks: int) -> None:
+        if tokens > self._tokens.shape[1]:
+            self._tokens = np.zeros((3, tokens), np.int64)
+        if seqs > len(self._context_len) or blocks > self._tables.shape[1]:
+            seqs, blocks = max(seqs, len(self._context_len)), max(blocks, self._tables.shape[1])
+            self._query_start = np.zeros(seqs + 1, np.int32)
+            self._context_len = np.zeros(seqs, np.int32)
+            self._tables = np.zeros((seqs, blocks), np.int32)

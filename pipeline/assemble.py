@@ -14,7 +14,7 @@ from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
 from pipeline.config import EngineConfig, HttpConfig, LimitsConfig, ModelConfig, ServerConfig, TimeoutsConfig
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
-from pipeline.options import nearest
+from pipeline.options import BY_KEY, nearest
 from pipeline.settings import Settings
 from pipeline.values import api_key
 
@@ -35,7 +35,7 @@ def check(settings: Settings) -> None:
         raise _wrong("--null-step needs --null-engine.")
     if settings["max_request_bytes"] > settings["max_inflight_bytes"]:
         raise _wrong("--max-request-bytes must not exceed --max-inflight-bytes.")
-    if settings["uds"] is not None and (settings.given("host") or settings.given("port")):
+    if settings["uds"] is not None and any(settings[key] != BY_KEY[key].default for key in ("host", "port")):
         raise _wrong("--uds takes the place of --host and --port: give one or the other.")
     if len(set(settings["served_model_name"])) != len(settings["served_model_name"]):
         raise _wrong("--served-model-name holds a name twice.")

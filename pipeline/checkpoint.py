@@ -55,7 +55,7 @@ def locate(model: str | None) -> Source:
     if model is None:
         return Source(str(embedded()), EMBEDDED_NAME)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return Source(str(path.resolve()), path.resolve().name)
     if path.is_file():
         with open_readable(path) as stream:

@@ -7,9 +7,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pipeline import __version__, exits
 from pipeline.errors import StartError
+
+if TYPE_CHECKING:
+    from pipeline.checkpoint import Source
+    from pipeline.settings import Settings
+    from pipeline.terminal import Terminal
 
 USAGE = """\
 usage: quartet COMMAND [options]
@@ -42,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pipeline.options import nearest
             known = ("serve", "up", "status", "logs", "down", "version", "help")
             hint = nearest(command, known) if command else "; see quartet --help."
-            raise StartError(exits.CONFIG, (f"Unknown command '{command}'" if command else "A command is needed") + hint)
+            what = f"Unknown command '{command}'" if command else "A command is needed"
+            raise StartError(exits.CONFIG, what + hint)
     except StartError as error:
         print(f"quartet: {error.message}", file=sys.stderr)
         return error.exit_code
@@ -61,10 +68,45 @@ def serve(arguments: Sequence[str]) -> int:
     settings = resolve(arguments, os.environ)
     for warning in settings.warnings:
         print(f"quartet: {warning}", file=sys.stderr)
-    from pipeline import launcher
-    from pipeline.assemble import check
-    check(settings)
+    from pipeline import argv, assemble
+    assemble.check(settings)
+    argv.hide(settings["api_key"])
     if settings.print_config:
         print(settings.show())
         return exits.OK
-    return launcher.check(settings) if settings.check else launcher.serve(settings, started_ns)
+    from pipeline import checkpoint
+    source = checkpoint.locate(settings["model"])
+    from pipeline.preparation import Stopped
+    from pipeline.terminal import Terminal
+    terminal = Terminal()
+    try:
+        return _run(settings, source, terminal, started_ns)
+    except Stopped:
+        return exits.OK
+    finally:
+        terminal.close()
+
+
+def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int) -> int:
+    """Bind, prepare, and launch; or, with --check, prepare and describe."""
+    from pipeline import assemble, config, listen, preparation, rundir
+    from pipeline.launcher import Launcher
+    from pipeline.signals import Signals
+    parent, prefix = rundir.parent_of_runs(settings["run_dir"], os.environ)
+    with (Signals() as signals,
+          listen.bind(settings["host"], settings["port"], settings["uds"], settings["frontends"]) as listeners,
+          rundir.RunDirectory(parent, prefix) as run):
+        log_dir = rundir.log_directory(settings["log_dir"], run.path)
+        directory, tokenizer = preparation.prepare(
+            source, settings["tokenizer"], trust_remote_code=settings["trust_remote_code"],
+            null=settings["null_engine"] is not None, output=log_dir / "prepare.out", signals=signals,
+            terminal=terminal)
+        model = assemble.model_config(settings, source, directory, tokenizer)
+        if settings.check:
+            terminal.line(f"{model.names[0]}: the configuration and the model's files are good; context "
+                          f"{model.max_model_len} tokens, vocabulary {model.vocab_size}.")
+            return exits.OK
+        resolved = assemble.server_config(settings, model, run_dir=run.path, log_dir=log_dir, port=listeners.port,
+                                          started_ns=started_ns)
+        config.save(resolved, run.path / "config.json")
+        return Launcher(resolved, run.path / "config.json", listeners, terminal, signals).run()

@@ -15,13 +15,13 @@ from typing import Any
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.options import BY_KEY, OPTIONS, Option, nearest, parser
+from pipeline.values import HIDDEN
 
 PREFIX = "QUARTET_"
 OTHER_VARIABLES = frozenset({"QUARTET_CONFIG", "QUARTET_CACHE", "QUARTET_HOME", "QUARTET_TEST_GGUF"})
 # What Kubernetes puts into every container beside a service that is called "quartet".
 KUBERNETES = re.compile(r"QUARTET_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP).*)")
 MAX_FILE_BYTES = 2**20
-HIDDEN = "<hidden>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _convert(option: Option, words: object, where: str) -> Any:
     if isinstance(words, bool):
         return words
     texts: list[str] = words if isinstance(words, list) else [str(words)]
-    shown = "" if option.secret else f", not {texts[-1]!r}"
+    shown = "" if option.secret or not texts else f", not {texts[-1]!r}"
     try:
         converted = [option.value(text) for text in texts]
     except ValueError as error:

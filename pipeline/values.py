@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 _POWERS = {"": 1, "k": 1000, "K": 2**10, "m": 1000**2, "M": 2**20, "g": 1000**3, "G": 2**30, "t": 1000**4, "T": 2**40}
+HIDDEN = "<hidden>"              # what --print-config shows in place of a secret
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)((?:i?B)?)")
 
 
@@ -91,6 +92,8 @@ def json_object(text: str) -> dict[str, Any]:
 def api_key(text: str) -> str:
     if not text or not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError("a key of printable ASCII characters without spaces, and not empty")
+    if text == HIDDEN:
+        raise ValueError("the key itself, not the placeholder of --print-config")
     return text
 
 

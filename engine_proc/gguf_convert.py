@@ -40,7 +40,7 @@ def convert(source: Path, out: Path, progress: Progress) -> None:
         folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True))
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     progress("converting the tokenizer", 75)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     progress("writing", 85)
@@ -61,7 +61,7 @@ def _speed_up_reading() -> Callable[[str], Any]:
 
     class Reader(gguf.GGUFReader):
         @property
-        def data(self) -> np.ndarray:
+        def data(self) -> np.ndarray:  # type: ignore[override]
             return self._bytes
 
         @data.setter
@@ -69,7 +69,7 @@ def _speed_up_reading() -> Callable[[str], Any]:
             self._bytes = np.asarray(value).view(np.ndarray)    # memmap's own slicing is five times slower
 
     cached = functools.cache(Reader)
-    gguf.GGUFReader = cached
+    gguf.GGUFReader = cached  # type: ignore[misc, assignment]
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     return cached
 

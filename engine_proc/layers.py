@@ -6,6 +6,7 @@ dtype; norm weights and rope tables are float32. Engine process.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +67,7 @@ class Ops(Protocol):
         """Rotate the leading dimensions of each head in place; heads: [T, H, D] with any stride over T."""
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

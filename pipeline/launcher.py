@@ -5,6 +5,7 @@ with a documented exit code. Never touches a request. When to do what is pipelin
 """
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections import deque
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from prometheus_client import CollectorRegistry, Counter
 
 from pipeline import banner, sockets
-from pipeline.beacon import BeaconWatcher
+from pipeline.beacon import BeaconPublisher, BeaconWatcher
 from pipeline.config import ServerConfig
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG, CRASH_LOOP, MEMORY, MODEL_LOAD, OK
@@ -25,6 +27,7 @@ from pipeline.procs import Child, describe_exit, environment, reap_strangers, st
 from pipeline.signals import Signals
 from pipeline.supervise import Life, S, Verdict, given_up_with, judge
 from pipeline.terminal import Terminal
+from pipeline.transport import Status
 
 Command = Callable[[Kind, Path, int, int, int | None], list[str]]
 START_CODES = (CONFIG, MODEL_LOAD, MEMORY)   # a stage that ends with one of these while starting ends the server
@@ -58,12 +61,17 @@ class Launcher:
         self._was_ready = False
         self._steps: deque[Step] = deque()   # empty: not stopping
         self._failure: StartError | None = None
+        self._status, self._registry = Status(), CollectorRegistry()
+        self._restarts = Counter("quartet:stage_restarts", "Starts of a stage process after its death.", ["stage"],
+                                 registry=self._registry)
         self._resumed_ns = self._turned_ns = time.monotonic_ns()
 
     def run(self) -> int:
         """Serve until told to stop; the exit code, or StartError with the sentence. Nothing of ours is left running."""
         ctx = sockets.context()
         self._watcher = BeaconWatcher(ctx, self._config, self._lives)
+        self._publisher = BeaconPublisher(ctx, self._config, Kind.LAUNCHER, 0, 1, self._status, self._registry)
+        self._publisher.start()
         try:
             for life in self._lives.values():
                 self._start(life)
@@ -72,6 +80,7 @@ class Launcher:
         finally:
             for child in self._children.values():
                 child.destroy()
+            self._publisher.stop()
             self._watcher.close()
             ctx.destroy(linger=0)
         if self._failure is not None:
@@ -86,6 +95,7 @@ class Launcher:
         if now - self._turned_ns > STOOD_STILL_NS:
             self._resumed_ns = now
         self._turned_ns = now
+        self._publisher.turned(False)
         while self._watcher.drain():
             pass
         for number in self._signals.take():
@@ -143,6 +153,7 @@ class Launcher:
         how = describe_exit(code) + (", perhaps for lack of memory" if code == -signal.SIGKILL
                                      and life.condemned_ns is None and life.ready_ns is None else "")
         if again:
+            self._restarts.labels(stage=life.kind.name.lower()).inc()
             self._terminal.line(f"{life.name} ended ({how}) and is started again.")
             return
         said = f"; it said: {words[-1]}" if words else "."
@@ -157,6 +168,10 @@ class Launcher:
         for member in members:
             if member in self._children:
                 self._children[member].signal(signal.SIGTERM)
+        engines = self._config.engines()
+        failed = {engines[other.index] for other in self._lives.values() if other.failed and other.kind is Kind.ENGINE}
+        self._status.facts_json = json.dumps({"failed_models": sorted(failed)}).encode()
+        self._publisher.announce()
 
     def _watch_beacons(self, now: int) -> None:
         """Show progress, notice readiness, and deal with whoever makes none."""
@@ -186,6 +201,8 @@ class Launcher:
                 child.signal(signal.SIGABRT if verdict is Verdict.HUNG else signal.SIGKILL)
         if not self._was_ready and self._all_ready():
             self._was_ready = True
+            self._status.state, self._status.phase, self._status.percent = State.READY, "ready", 100
+            self._publisher.announce()
             engine = self._watcher.latest.get((Kind.ENGINE, 0))
             facts = banner.facts_of(engine.beacon.facts_json if engine is not None else b"")
             seconds = (time.monotonic_ns() - self._config.started_ns) / S

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import sockets
+from pipeline.beacon import BeaconWatcher
+from pipeline.config import load
+from pipeline.messages import Kind
 from tests.serving import ROOT, processes_of
 from tests.waiting import until
 
@@ -219,4 +223,11 @@ def test_with_two_models_only_the_one_in_a_crash_loop_is_given_up(start) -> None
     run = start({"engine.1": {"exit": 9}}, models=["good", "bad"]).ready()
     until(lambda: "its model is given up" in run.text, 15)
     assert set(run.stages()) == set(NAMES)
+    context = sockets.context()
+    watcher = BeaconWatcher(context, load(run.run_dir / "config.json"), [(Kind.LAUNCHER, 0)])
+    until(watcher.drain, 5, "the launcher's beacon")
+    told = watcher.latest[Kind.LAUNCHER, 0].beacon.facts_json
+    watcher.close()
+    context.destroy(linger=0)
+    assert json.loads(told) == {"failed_models": [1]}
     assert run.stop() == 0

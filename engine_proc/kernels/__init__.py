@@ -12,10 +12,21 @@ from pathlib import Path
 
 from engine_proc.kernels import build, isa
 from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType
+from engine_proc.kernels.decoder import Decoder, DecoderLayer, DecoderModel, StepInput
 from engine_proc.kernels.fallback import TorchKernels
 from engine_proc.kernels.native import NativeKernels
 
-__all__ = ["Activation", "Kernels", "PackedLinear", "WeightType", "load"]
+__all__ = [
+    "Activation",
+    "Decoder",
+    "DecoderLayer",
+    "DecoderModel",
+    "Kernels",
+    "PackedLinear",
+    "StepInput",
+    "WeightType",
+    "load",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,13 @@ our own layers. An object is for one thread at a time unless said otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine_proc.kernels.decoder import Decoder, DecoderModel
 
 WeightType = Literal["bfloat16", "float32", "int8"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -135,6 +138,10 @@ class Kernels(ABC):
         [S, max_blocks]. `window` > 0: a token sees itself and the window - 1 before it. `softcap` > 0:
         softcap * tanh(score / softcap). Slots outside what a row may see are never read.
         """
+
+    @abstractmethod
+    def decoder(self, model: DecoderModel) -> Decoder:
+        """A step of a whole dense decoder as one call (native) or as a row of kernels; its linear layers are ours."""
 
     @abstractmethod
     def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define CHUNK 64       /* tokens scored at once; chunks start at multiples of it */
-#define PART 512       /* tokens after which the running softmax starts afresh and is merged; likewise aligned */
+#define PART 256       /* tokens after which the running softmax starts afresh and is merged; likewise aligned */
 #define ITEM_ROWS 48   /* query rows (tokens x heads of a group) of one work item, unless one token has more */
 
 /* Mirrored by native.py; all 8 bytes wide. */
@@ -23,7 +23,7 @@ typedef struct {
     int64_t ldq, ldo, ld_table;
     int64_t sequences, block_size, q_heads, kv_heads, head_dim;
     int64_t window;                /* keys a query may see, itself included; 0: all */
-    int64_t causal, is_bf16, cache_bf16;
+    int64_t causal, is_bf16, cache_bf16, out_bf16;
     double scale, softcap;         /* softcap 0: none */
 } attention_args;
 

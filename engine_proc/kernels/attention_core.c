@@ -212,7 +212,7 @@ static void finish(const attention_args *a, const attention_item *item, workspac
         v16 inverse = v_set1(1.0f / w->total_sum[r]);
         for (long d = 0; d < w->dim; d += 16)
             v_store_any_n(a->out, at + d, v_mul(v_load(w->total + r * w->width + d), inverse), lanes(w->dim - d),
-                          (int)a->is_bf16);
+                          (int)a->out_bf16);
     }
 }
 

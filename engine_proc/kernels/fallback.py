@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine_proc.kernels import reference
 from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType
+from engine_proc.kernels.decoder import Decoder, DecoderModel, LayerwiseDecoder
 
 
 class TorchLinear(PackedLinear):
@@ -117,6 +118,9 @@ class TorchKernels(Kernels):
             causal=causal,
         )
         return y if out is None else out.copy_(y)
+
+    def decoder(self, model: DecoderModel) -> Decoder:
+        return LayerwiseDecoder(self, model)
 
     def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
         y = reference.act_mul(x, act)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType, is_supported
+from engine_proc.kernels.decoder import Decoder, DecoderModel
+from engine_proc.kernels.native_decoder import NativeDecoder
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -27,6 +29,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_rms_norm": (None, [_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F, _I, _I]),
     "q_rope_cache": (None, [ctypes.c_char_p]),
     "q_attention": (_I, [ctypes.c_char_p]),
+    "q_decoder_step": (_I, [ctypes.c_char_p, ctypes.c_char_p]),
     "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
     "q_argmax": (None, [_P, _I, _L, _L, _L, _P, _P, _P]),
     "q_top_k": (None, [_P, _I, _L, _L, _L, _L, _P, _P, _P, _P]),
@@ -37,7 +40,7 @@ _ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 _PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 4}
 _WEIGHT = struct.Struct("3q4q")  # linear_weight in linear.h
 _ROPE = struct.Struct("11q3q5q2q2d")  # rope_args in rope.h
-_ATTENTION = struct.Struct("7q3q5q4q2d")  # attention_args in attention.h
+_ATTENTION = struct.Struct("7q3q5q5q2d")  # attention_args in attention.h
 _BF16 = torch.bfloat16
 
 
@@ -311,12 +314,16 @@ class NativeKernels(Kernels):
                 causal,
                 q.dtype is _BF16,
                 k_cache.dtype is _BF16,
+                out.dtype is _BF16,
                 scale,
                 softcap,
             )
         ):
             raise MemoryError("no memory for the scratch space of attention")
         return out
+
+    def decoder(self, model: DecoderModel) -> Decoder:
+        return NativeDecoder(self.library, model)
 
     def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
         rows, dim = x.shape[0], x.shape[1] // 2

@@ -1,0 +1,145 @@
+"""The fused step: a whole decoder in one call of the compiled library.
+
+Owns: the C description of a model (decoder.h), built once, and of a step, built per call. Tensors that the description
+points to are kept alive here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+from torch import Tensor
+
+from engine_proc.kernels.decoder import DecoderLayer, DecoderModel, StepInput
+
+_LAYER = struct.Struct("14q2q")  # decoder_layer
+_MODEL = struct.Struct("4q7q3q4d4d")  # decoder_model
+_STEP = struct.Struct("11q4q")  # decoder_step
+TIME_KINDS = ("norms", "qkv", "rope_cache", "attention", "o", "gate_up", "down", "head")
+_BF16 = torch.bfloat16
+
+
+class NativeDecoder:
+    """See `decoder.Decoder`. Linear layers must be of the same library (`NativeLinear`)."""
+
+    def __init__(self, library: ctypes.CDLL, model: DecoderModel) -> None:
+        self._model = model
+        self._kept: list[Tensor] = []
+        self._step = library.q_decoder_step
+        self._hidden = model.embedding.shape[1]
+        self._times = (ctypes.c_double * len(TIME_KINDS))()
+        self._times_at = ctypes.addressof(self._times)
+        self._layers = ctypes.create_string_buffer(b"".join(map(self._layer, model.layers)))
+        self._packed = _MODEL.pack(
+            ctypes.addressof(self._layers),
+            self._keep(model.embedding.contiguous()),
+            self._float(model.final_norm),
+            model.head.address if model.head is not None else 0,  # type: ignore[attr-defined]
+            len(model.layers),
+            self._hidden,
+            model.layers[0].down.k,
+            model.q_heads,
+            model.kv_heads,
+            model.head_dim,
+            model.layers[0].k_cache.shape[1],
+            model.embedding.dtype is _BF16,
+            model.layers[0].k_cache.dtype is _BF16,
+            model.qk_norm_full,
+            model.eps,
+            model.norm_offset,
+            model.scale,
+            model.softcap,
+            model.embedding_multiplier,
+            model.residual_multiplier,
+            model.logit_multiplier,
+            model.logit_softcap,
+        )
+        self._check()
+
+    def __call__(
+        self, step: StepInput, *, logits: bool = True, hidden: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows, outs, model = step.ids.shape[0], step.out_rows.shape[0], self._model
+        assert model.head is not None or not logits
+        assert step.positions.shape[0] == step.slots.shape[0] == rows and step.block_tables.stride(1) == 1
+        assert step.query_starts.shape[0] == step.context_lens.shape[0] + 1
+        for tensor in (step.ids, step.positions, step.slots, step.block_tables, step.out_rows):
+            assert tensor.dtype is torch.int32
+        assert step.query_starts.dtype is step.context_lens.dtype is torch.int32
+        embeds = 0
+        if step.embeds is not None:
+            assert step.embeds.dtype is torch.float32 and step.embeds.shape == (rows, self._hidden)
+            assert step.embeds.is_contiguous()
+            embeds = step.embeds.data_ptr()
+        scores = torch.empty(outs, model.head.n) if logits and model.head is not None else None
+        states = torch.empty(outs, self._hidden) if hidden else None
+        failed = self._step(
+            self._packed,
+            _STEP.pack(
+                step.ids.data_ptr(),
+                embeds,
+                step.positions.data_ptr(),
+                step.slots.data_ptr(),
+                step.block_tables.data_ptr(),
+                step.query_starts.data_ptr(),
+                step.context_lens.data_ptr(),
+                step.out_rows.data_ptr(),
+                0 if states is None else states.data_ptr(),
+                0 if scores is None else scores.data_ptr(),
+                self._times_at,
+                rows,
+                step.context_lens.shape[0],
+                step.block_tables.stride(0),
+                outs,
+            ),
+        )
+        if failed:
+            raise MemoryError(f"no memory for the scratch space of a step of {rows} rows")
+        return scores, states
+
+    def take_times(self) -> dict[str, float]:
+        """Seconds by kind of operation since the last call."""
+        taken = dict(zip(TIME_KINDS, self._times, strict=True))
+        ctypes.memset(self._times, 0, ctypes.sizeof(self._times))
+        return taken
+
+    def _layer(self, layer: DecoderLayer) -> bytes:
+        norms = (layer.input_norm, layer.q_norm, layer.k_norm)
+        later = (layer.attention_post_norm, layer.mlp_norm, layer.mlp_post_norm)
+        linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        return _LAYER.pack(
+            *map(self._float, (*norms, *later)),
+            *(linear.address for linear in linears),  # type: ignore[attr-defined]
+            self._keep(layer.k_cache),
+            self._keep(layer.v_cache),
+            self._float(layer.cos),
+            self._float(layer.sin),
+            0 if layer.cos is None else layer.cos.shape[1],
+            layer.window,
+        )
+
+    def _float(self, tensor: Tensor | None) -> int:
+        return 0 if tensor is None else self._keep(tensor.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _check(self) -> None:
+        model = self._model
+        wide, narrow = model.q_heads * model.head_dim, model.kv_heads * model.head_dim
+        cache = model.layers[0].k_cache
+        assert model.head_dim % 8 == 0 and model.head_dim <= 1024 and model.q_heads % model.kv_heads == 0
+        assert len({layer.window for layer in model.layers if layer.window}) <= 1
+        for layer in model.layers:
+            assert (layer.qkv.k, layer.qkv.n) == (self._hidden, wide + 2 * narrow)
+            assert (layer.o.k, layer.o.n) == (wide, self._hidden)
+            assert (layer.gate_up.k, layer.gate_up.n) == (self._hidden, layer.down.k)
+            assert (layer.down.k, layer.down.n) == (model.layers[0].down.k, self._hidden)
+            assert self._hidden % 2 == wide % 2 == layer.down.k % 2 == 0
+            assert layer.k_cache.shape == layer.v_cache.shape == cache.shape
+            assert layer.k_cache.dtype is layer.v_cache.dtype is cache.dtype
+            assert cache.shape[2:] == (model.kv_heads, model.head_dim)

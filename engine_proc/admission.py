@@ -1,4 +1,4 @@
-"""The engine's door: what an Add must satisfy, and the tombstones of aborts that overtook their Add.
+"""The engine's door: what an Add must satisfy, and the ids that it must not let in (again).
 
 Engine process, no torch. Checks again what only the engine can know (vocabulary, context, room); what it refuses is a
 `QuartetError` for the user. Must never raise anything else for bytes that decoded to an Add.
@@ -17,7 +17,6 @@ from pipeline.ids import MAX_CHILDREN, child
 from pipeline.messages import Add, Finish, unpack_ids
 from pipeline.params import MAX_BIAS, MAX_N, MAX_STOP_IDS, SamplingParams
 
-MAX_TOMBSTONES = 65_536
 TOMBSTONE_NS = 120 * 10**9
 
 
@@ -38,11 +37,11 @@ class Limits:
 
 
 class Tombstones:
-    """Ids whose abort arrived and whose Add did not: bounded in number and in time."""
+    """Ids that are over: bounded in number and in time."""
 
     __slots__ = ("_limit", "_expiry")
 
-    def __init__(self, limit: int = MAX_TOMBSTONES) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._expiry: dict[int, int] = {}          # rid -> monotonic ns; oldest first
 
@@ -58,9 +57,8 @@ class Tombstones:
             del self._expiry[oldest]
         self._expiry[rid] = now + TOMBSTONE_NS
 
-    def take(self, rid: int, now: int) -> bool:
-        """Whether `rid` was aborted; it is told once."""
-        return self._expiry.pop(rid, 0) > now
+    def holds(self, rid: int, now: int) -> bool:
+        return self._expiry.get(rid, 0) > now
 
 
 def check(add: Add, limits: Limits, num_waiting: int) -> None:

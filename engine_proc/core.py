@@ -57,7 +57,8 @@ class EngineCore:
             eos_ids=model.eos_ids, max_waiting=engine.max_waiting)
         self.outputs = Outputs(index, epoch, sender)
         self.stats = Stats(registry or CollectorRegistry(), model.names[0], index, self.scheduler, model.max_model_len)
-        self.tombstones = Tombstones()
+        self._aborted = Tombstones(65_536)                   # ids whose abort came and whose Add did not
+        self._ended = Tombstones(4096)                       # families that ended lately: what repeats them is dropped
         self.families: dict[int, list[Sequence]] = {}        # family id -> its unfinished sequences
         self.sequences: dict[int, Sequence] = {}             # rid -> unfinished sequence
         self._in_flight: deque[tuple[StepPlan, object]] = deque()
@@ -103,17 +104,18 @@ class EngineCore:
             return self.stats.drop("detokenizer_gone")       # its frontend sees that too, and submits it again
         if self._orphaned(rid):
             return self.stats.drop("frontend_gone")
-        if family(rid) in self.families:
+        if family(rid) in self.families or self._ended.holds(family(rid), now):
             return self.stats.drop("duplicate")
-        if self.tombstones.take(rid, now):
+        if self._aborted.holds(rid, now):
             return self.stats.drop("aborted")
         try:
             check(add, self.limits, self.scheduler.num_waiting)
         except QuartetError as error:
             self.stats.refused.inc()
+            self._ended.add(family(rid), now)
             self.outputs.fail(rid, error)
             return None
-        children = [0, *(j for j in range(1, add.n) if not self.tombstones.take(rid + j, now))]
+        children = [0, *(j for j in range(1, add.n) if not self._aborted.holds(rid + j, now))]
         group = sequences(add, children, self.limits, self._arrival, now)
         self._arrival += add.n
         self.outputs.admit(rid, add.ids)
@@ -133,7 +135,7 @@ class EngineCore:
         """A family's id (child 0) covers its children."""
         group = self.families.get(family(rid))
         if group is None:
-            self.tombstones.add(rid, self._clock())          # it may have overtaken its Add
+            self._aborted.add(rid, self._clock())            # it may have overtaken its Add
             self.stats.drop("unknown_abort")
         else:
             self._mark([seq for seq in group if child(rid) == 0 or seq.rid == rid])
@@ -259,6 +261,7 @@ class EngineCore:
         group.remove(seq)
         if not group:
             del self.families[family(seq.rid)]
+            self._ended.add(family(seq.rid), now)
         self.stats.finished(seq, now)
         if seq.finish is Finish.ERROR:
             assert seq.error is not None

@@ -286,6 +286,7 @@ class Scheduler:
             if item.seq.finish:
                 self._let_go(item.seq)
             else:
+                item.seq.num_scheduled = item.seq.num_computed
                 left.append(item.seq)
         return left
 

@@ -51,18 +51,17 @@ def make_seq(rid: int, prompt: Iterable[int], *, j: int = 0, max_model_len: int 
 
 
 def alone(seq: Sequence, script: Script | None = None) -> tuple[list[int], Finish]:
-    """The oracle: output ids and finish of `seq` computed one id at a time with nothing around it."""
+    """The oracle: output ids (history included) and finish of `seq`, computed one id at a time with nothing around."""
     script = script or Script()
     twin = Sequence(
-        rid=seq.rid, route=seq.route, choice=seq.choice, tokens=seq.tokens[:seq.num_prompt], num_prompt=seq.num_prompt,
-        sampling=seq.sampling, detok=seq.detok, max_total=seq.max_total, stops=seq.stops, eos_id=seq.eos_id)
-    if len(twin.tokens) >= twin.max_total:
-        return [], Finish.LENGTH
-    while True:
+        rid=seq.rid, route=seq.route, choice=seq.choice, tokens=seq.tokens[:seq.num_prompt + seq.num_history],
+        num_prompt=seq.num_prompt, sampling=seq.sampling, detok=seq.detok, max_total=seq.max_total, stops=seq.stops,
+        eos_id=seq.eos_id)
+    finish = twin.verdict() if seq.num_history else Finish.LENGTH if not seq.sampling.max_tokens else Finish.RUNNING
+    while not finish:
         twin.tokens.append(script.next_id(twin, twin.tokens, VOCAB))
         finish = twin.verdict()
-        if finish:
-            return list(twin.tokens[twin.num_prompt:]), finish
+    return list(twin.tokens[twin.num_prompt:]), finish
 
 
 class KvRunner(NullRunner):

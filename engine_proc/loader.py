@@ -171,8 +171,8 @@ def count_blocks(engine: EngineConfig, max_model_len: int, per_block: int, avail
     gib = f"{needed * per_block / 2**30:.2f} GiB"
     if engine.kv_cache_bytes is not None:
         if engine.kv_cache_bytes // per_block < needed:
-            raise StartError(MEMORY, f"A KV cache of {engine.kv_cache_bytes / 2**30:.2f} GiB does not hold one sequence "
-                                     f"of {max_model_len} tokens, which takes {gib}; lower --max-model-len.")
+            raise StartError(MEMORY, f"A KV cache of {engine.kv_cache_bytes / 2**30:.2f} GiB does not hold one "
+                                     f"sequence of {max_model_len} tokens, which takes {gib}; lower --max-model-len.")
         if engine.kv_cache_bytes > available:
             raise StartError(MEMORY, f"There is no memory for a KV cache of {engine.kv_cache_bytes / 2**30:.2f} GiB: "
                                      f"{available / 2**30:.2f} GiB are available.")

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine_proc.tiny import Driver, Reference, load, make_checkpoint, prompts, sequence
+from tests.engine_proc.tiny import Driver, Reference, load, make_checkpoint, sequence
 
 HALF = 8        # rotary pairs of the tiny heads
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24}

@@ -70,7 +70,7 @@ def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
     spec = _spec(body, config, model, number, prompts, max_tokens, body.logprobs, True, now_ns)
     spec.detok.echo = echo
     if echo and body.logprobs is not None and body.prompt_logprobs is None:
-        spec.sampling.prompt_logprobs = body.logprobs
+        spec.sampling.prompt_logprobs, spec.want_prompt_ids = body.logprobs, True
     return _ask(body, spec, model, max_tokens, body.logprobs)
 
 
@@ -175,7 +175,7 @@ def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int,
         add_special=add_special if body.add_special_tokens is None else body.add_special_tokens,
         truncate=body.truncate_prompt_tokens, deadline_ns=now_ns + int(config.http.request_timeout_s * 1e9),
         priority=body.priority or 0, salt=(body.cache_salt or "").encode(), stream=bool(body.stream),
-        want_prompt_ids=bool(body.return_token_ids))
+        want_prompt_ids=bool(body.return_token_ids) or body.prompt_logprobs is not None)
 
 
 def _check_logprobs(body: Sampling, config: ServerConfig, logprobs: int | None) -> None:

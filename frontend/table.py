@@ -268,7 +268,7 @@ class RequestTable:
     def _take_prompt(self, prompt: Prompt, choice: Choice, text: str | None, logprobs: Logprobs | None,
                      usage: Usage | None) -> None:
         """What is known about the prompt is taken once, whoever computes it again."""
-        if usage is not None and not prompt.counted:
+        if usage is not None and usage.prompt_tokens and not prompt.counted:
             prompt.counted = True
             prompt.prompt_tokens, prompt.cached_tokens = usage.prompt_tokens, usage.cached_tokens
         if text is not None and prompt.echo is None:

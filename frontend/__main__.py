@@ -1,0 +1,160 @@
+"""``python -m frontend --config FILE --index N --epoch E --listen-fd N``: one frontend process.
+
+Takes a listening socket that the launcher holds too, so that connections queue while a frontend restarts. SIGTERM
+drains, a second one ends at once, SIGHUP reloads keys and log level. Never loads torch, transformers or tokenizers.
+"""
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import socket
+import sys
+import time
+
+import uvloop
+from sanic.server import AsyncioServer
+
+from frontend.admission import Admission
+from frontend.keys import Keys
+from frontend.link import Link, watch
+from frontend.metrics import FrontendMetrics
+from frontend.server import Frontend, build_app, serve
+from frontend.stages import Stages
+from frontend.table import RequestTable
+from pipeline.config import load
+from pipeline.errors import QuartetError, StartError
+from pipeline.ids import RidMaker
+from pipeline.messages import Kind, State
+from pipeline.stage import Context, enter
+
+LAST_WORDS_S = 2.0               # for error events and their connections, after the drain
+DRAIN_POLL_S = 0.02
+log = logging.getLogger("frontend")
+
+
+class Process:
+    """A frontend from its first beacon to its exit."""
+
+    def __init__(self, context: Context, argv_config: str) -> None:
+        self._context, self._config_path = context, argv_config
+        self._stop = asyncio.Event()
+        self._now = asyncio.Event()
+        config = context.config
+        self._watcher = watch(context)
+        self._stages = Stages(config, self._watcher.latest, time.monotonic_ns)
+        self._metrics = FrontendMetrics(config, context.registry, context.index)
+        self._table = RequestTable(RidMaker(context.index, context.epoch), self._stages, context.sender,
+                                   time.monotonic_ns, self._metrics)
+        self._keys = Keys(config.http)
+        self._frontend = Frontend(
+            config, self._table, self._stages, Admission(config.limits, config.frontends), self._metrics, self._keys,
+            lambda: self._watcher.metrics)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        link = Link(self._context, self._watcher, self._stages, self._table, self._metrics)
+        app, _ = build_app(self._frontend)
+        server = await serve(app, listening_socket(self._context))
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)        # Sanic has put its own
+        gc.collect()
+        gc.freeze()
+        self._context.ready()
+        log.info("frontend %d serves", self._context.index)
+        await self._stop.wait()
+        await self._drain(server)
+        link.close()
+
+    async def _drain(self, server: AsyncioServer) -> None:
+        """Refuse what is new, let the rest finish, then end it with an error."""
+        timeouts = self._context.config.timeouts
+        self._table.draining = True
+        self._context.status.state, self._context.status.phase = State.DRAINING, "draining"
+        self._context.publisher.announce()
+        log.info("draining %d requests", len(self._table))
+        await self._until_idle(server, timeouts.shutdown_s)
+        self._table.fail_all(QuartetError("draining", "The server was shut down before the request ended."))
+        await self._until_idle(server, LAST_WORDS_S)
+        server.close()
+        for connection in list(server.connections):
+            connection.abort()
+
+    async def _until_idle(self, server: AsyncioServer, seconds: float) -> None:
+        """Wait until no request is open and no answer is being written, a second SIGTERM, or the time is up."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._now.is_set():
+            for connection in list(server.connections):
+                connection.close_if_idle()
+            if not len(self._table) and not server.connections:
+                return
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def _terminate(self) -> None:
+        if self._stop.is_set():
+            self._now.set()
+        self._stop.set()
+
+    def _reload(self) -> None:
+        """SIGHUP: keys and log level, from the files that the configuration names."""
+        self._keys.reload()
+        try:
+            logging.getLogger().setLevel(load(self._config_path).log_level)
+        except (StartError, ValueError):
+            log.error("the configuration could not be read again; the log level stays")
+        log.warning("keys and log level were reloaded")
+
+
+def listening_socket(context: Context) -> socket.socket:
+    """The socket that the launcher handed over, or one of our own where the stage is started by hand.
+
+    Its options are inherited by the connections: dead clients are noticed within a minute.
+    """
+    given = context.extra["listen-fd"]
+    http = context.config.http
+    if given:
+        sock = socket.socket(fileno=int(given))
+    elif http.uds is not None:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(http.uds)
+        sock.listen(1024)
+    else:
+        family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+        sock = socket.create_server((http.host, http.port), family=family, backlog=1024, reuse_port=True)
+    sock.setblocking(False)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        for level, option, value in (
+                (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+                (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)):
+            sock.setsockopt(level, option, value)
+    return sock
+
+
+def main() -> int:
+    context = enter(Kind.FRONTEND, options=["listen-fd"])
+    for name in ("sanic.root", "sanic.error", "sanic.access", "sanic.server", "sanic.websockets"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    path = sys.argv[sys.argv.index("--config") + 1]
+
+    async def run() -> None:
+        await Process(context, path).run()
+
+    try:
+        uvloop.run(run())
+        return 0
+    except StartError as error:
+        log.error("cannot start: %s", error.message)
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        log.exception("the frontend ends after an unexpected error")
+        raise
+    finally:
+        context.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The bodies of plain (not streamed) answers: completion and chat objects.
+
+Built once, when the last choice has ended. Run by the frontend; pure functions.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from frontend import logprobs
+from frontend.collector import Update
+from frontend.params import Ask
+from frontend.request import Prompt, Request
+from frontend.wire import finish_reason, prompt_ids, prompt_logprobs, usage_of
+
+
+def completion(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
+    """A text_completion; `identity` holds id, created and system_fingerprint."""
+    updates = {u.index: u for u in request.take()}
+    return {
+        "id": identity["id"], "object": "text_completion", "created": identity["created"], "model": ask.model,
+        "choices": [_completion_choice(ask, updates[c.index], c.prompt) for c in request.choices],
+        "system_fingerprint": identity["system_fingerprint"], "usage": usage_of(request)}
+
+
+def _completion_choice(ask: Ask, update: Update, prompt: Prompt) -> dict[str, Any]:
+    choice = {"index": update.index, "text": (prompt.echo or "") + update.text, "logprobs": None,
+              "finish_reason": finish_reason(update.finish), "stop_reason": update.stop}
+    told = prompt_logprobs(prompt)
+    if ask.logprobs is not None:
+        parts = [] if told is None or prompt.echo is None else [told]
+        if update.logprobs is not None:
+            parts.append((update.logprobs, update.ids))
+        choice["logprobs"] = logprobs.CompletionLogprobs(ask.tokens_as_ids).piece(parts)
+    if ask.prompt_logprobs:
+        choice["prompt_logprobs"] = told and logprobs.prompt_tokens(*told, ask.tokens_as_ids)
+    if ask.token_ids:
+        choice["prompt_token_ids"], choice["token_ids"] = prompt_ids(prompt), list(update.ids)
+    return choice
+
+
+def chat(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
+    """A chat.completion."""
+    updates = {u.index: u for u in request.take()}
+    prompt = request.spec.prompts[0]
+    body = {
+        "id": identity["id"], "object": "chat.completion", "created": identity["created"], "model": ask.model,
+        "choices": [_chat_choice(ask, updates[c.index]) for c in request.choices],
+        "system_fingerprint": identity["system_fingerprint"], "usage": usage_of(request)}
+    if ask.prompt_logprobs:
+        told = prompt_logprobs(prompt)
+        body["prompt_logprobs"] = told and logprobs.prompt_tokens(*told, ask.tokens_as_ids)
+    if ask.token_ids:
+        body["prompt_token_ids"] = prompt_ids(prompt)
+    return body
+
+
+def _chat_choice(ask: Ask, update: Update) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": update.index, "message": {"role": "assistant", "content": ask.echo + update.text, "refusal": None},
+        "logprobs": None, "finish_reason": finish_reason(update.finish), "stop_reason": update.stop}
+    if ask.logprobs is not None:
+        content = [] if update.logprobs is None else logprobs.chat_content(
+            update.logprobs, update.ids, ask.tokens_as_ids)
+        choice["logprobs"] = {"content": content, "refusal": None}
+    if ask.token_ids:
+        choice["token_ids"] = list(update.ids)
+    return choice

@@ -1,0 +1,95 @@
+"""One HTTP call: its request id, its body, and what the access log will say of it.
+
+Bodies are read here and nowhere else: declared size first, then counted while they come, within a time limit.
+Run by the frontend; one object per call.
+"""
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from sanic.request import Request as HttpRequest
+
+from frontend.fields import REQUEST_ID_PATTERN
+from pipeline.errors import QuartetError
+
+BODY_TIMEOUT_S = 60.0
+JSON_TYPES = ("application/json",)
+
+
+@dataclass(slots=True)
+class Call:
+    """What a handler gets."""
+
+    http: HttpRequest
+    request_id: str
+    labelled: bool                           # the id is the caller's own
+    started: float = field(default_factory=time.monotonic)
+    body: bytes = b""
+    status: int = 0                          # set by handlers that answer by themselves (streams)
+    fields: dict[str, Any] = field(default_factory=dict)     # for the access log
+
+    @classmethod
+    def of(cls, http: HttpRequest) -> Call:
+        asked = http.headers.getone("x-request-id", "")
+        labelled = REQUEST_ID_PATTERN.match(asked) is not None
+        return cls(http, asked if labelled else uuid.uuid4().hex, labelled)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def last(self) -> None:
+        """Close the connection after this call."""
+        stream: Any = self.http.stream
+        if stream is not None:
+            stream.keep_alive = False
+
+    def cut(self) -> None:
+        """Reset the connection: nothing true can be said on it any more."""
+        transport: Any = self.http.transport
+        if transport is not None:
+            transport.abort()
+
+    async def read(self, limit: int) -> None:
+        """Read a JSON body of at most `limit` bytes; QuartetError for anything else."""
+        headers = self.http.headers
+        media = headers.getone("content-type", "").partition(";")[0].strip().lower()
+        if media not in JSON_TYPES:
+            self.last()
+            raise QuartetError("unsupported_media_type", "The body must be sent as application/json.")
+        if headers.getone("content-encoding", "identity").strip().lower() != "identity":
+            self.last()
+            raise QuartetError("unsupported_media_type", "Compressed bodies are not supported.")
+        declared = headers.getone("content-length", "0")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            self._too_large(limit)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                self.body = await self._collect(limit)
+        except TimeoutError:
+            self.last()
+            raise QuartetError("request_timeout", "The body did not arrive in time.") from None
+        transport: Any = self.http.transport
+        if transport is not None and not transport.is_closing():
+            # Sanic pauses reading behind a large body; paused, nobody would see that the client has gone.
+            transport.resume_reading()
+
+    async def _collect(self, limit: int) -> bytes:
+        stream: Any = self.http.stream
+        parts, size = [], 0
+        while stream.request_body:
+            data = await stream.read()
+            if data:
+                size += len(data)
+                if size > limit:
+                    self._too_large(limit)
+                parts.append(data)
+        return b"".join(parts)
+
+    def _too_large(self, limit: int) -> None:
+        self.last()
+        raise QuartetError("payload_too_large", f"The body is larger than {limit} bytes.")

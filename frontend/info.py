@@ -1,0 +1,83 @@
+"""Routes that say something about the server: models, version, health, metrics, the API's own description.
+
+None of them waits for another process. Run by the frontend.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sanic.response import HTTPResponse
+
+from frontend.call import Call
+from frontend.health import Health
+from frontend.ingress import Ingress, json_response
+from frontend.wire import dump
+from pipeline import __version__
+from pipeline.config import ModelConfig
+from pipeline.errors import QuartetError
+from pipeline.metrics import exposition
+
+if TYPE_CHECKING:
+    from frontend.server import Frontend
+
+
+class Info:
+    """Everything that is answered from what this process knows."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._health = Health(frontend.config, frontend.stages, lambda: frontend.table.draining)
+
+    def register(self, ingress: Ingress) -> None:
+        ingress.get("/v1/models", self.models)
+        ingress.get("/v1/models/<name:path>", self.model)
+        ingress.get("/version", self.version)
+        ingress.get("/live", self.live, open=True, quiet=True)
+        ingress.get("/ready", self.ready, open=True, quiet=True)
+        ingress.get("/health", self.ready, open=True, quiet=True)
+        ingress.get_or_post("/ping", self.ready, open=True)
+        ingress.get("/metrics", self.metrics, open=not self._frontend.config.http.metrics_need_key, quiet=True)
+
+    async def models(self, call: Call) -> HTTPResponse:
+        entries = [self._entry(name, model) for model in self._frontend.config.models for name in model.names]
+        return json_response({"object": "list", "data": entries})
+
+    async def model(self, call: Call, name: str) -> HTTPResponse:
+        if not name:                                         # /v1/models/
+            return await self.models(call)
+        for model in self._frontend.config.models:
+            if name in model.names:
+                return json_response(self._entry(name, model))
+        raise QuartetError("model_not_found", f"The model '{name[:100]}' does not exist.", "model")
+
+    def _entry(self, name: str, model: ModelConfig) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._frontend.created, "owned_by": "quartet",
+                "root": model.names[0], "parent": None, "max_model_len": model.max_model_len,
+                "context_length": model.max_model_len, "task": model.task}
+
+    async def version(self, call: Call) -> HTTPResponse:
+        return json_response({"version": __version__})
+
+    async def live(self, call: Call) -> HTTPResponse:
+        return json_response({"status": "ok"})
+
+    async def ready(self, call: Call) -> HTTPResponse:
+        ok, body = self._health.ready()
+        response = json_response(body, 200 if ok else 503)
+        if not ok:
+            response.headers["Retry-After"] = "1"
+        return response
+
+    async def metrics(self, call: Call) -> HTTPResponse:
+        text = exposition(self._frontend.snapshots().values())
+        return HTTPResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def register_document(ingress: Ingress, document: dict[str, Any]) -> None:
+    """GET /openapi.json."""
+    body = dump(document)
+
+    async def openapi(call: Call) -> HTTPResponse:
+        return HTTPResponse(body, content_type="application/json")
+
+    ingress.get("/openapi.json", openapi)

@@ -1,0 +1,55 @@
+"""/openapi.json, made from the schemas that validate. Run by the frontend, once at start."""
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from frontend.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
+from pipeline import __version__
+from pipeline.config import ServerConfig
+
+_POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
+    "/v1/completions": ("Continue a prompt.", (CompletionBody,)),
+    "/v1/chat/completions": ("Answer a chat.", (ChatBody,)),
+    "/tokenize": ("Text or chat to token ids.", (TokenizeBody, TokenizeChatBody)),
+    "/detokenize": ("Token ids to text.", (DetokenizeBody,)),
+}
+_GETS = {
+    "/v1/models": "The models of this server.", "/v1/models/{id}": "One model.", "/version": "The server's version.",
+    "/live": "Whether the frontend turns.", "/ready": "Whether requests would be answered.",
+    "/health": "As /ready.", "/ping": "As /ready.", "/metrics": "Metrics of all processes, Prometheus text.",
+}
+_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
+    "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]}}}}}
+
+
+def document(config: ServerConfig) -> dict[str, Any]:
+    """The OpenAPI description of every route."""
+    bodies: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (body, "validation") for _, found in _POSTS.values() for body in found]
+    _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
+    failure = {"description": "An error.", "content": {"application/json": {
+        "schema": {"$ref": "#/components/schemas/Error"}}}}
+    paths: dict[str, Any] = {}
+    for path, (summary, found) in _POSTS.items():
+        refs = [{"$ref": f"#/components/schemas/{b.__name__}"} for b in found]
+        paths[path] = {"post": {
+            "summary": summary, "operationId": path.strip("/").replace("/", "_"),
+            "requestBody": {"required": True, "content": {"application/json": {
+                "schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}},
+            "responses": {"200": {"description": "The answer."}, "default": failure}}}
+    for path, summary in _GETS.items():
+        operation: dict[str, Any] = {"summary": summary, "operationId": path.strip("/").replace("/", "_"),
+                                     "responses": {"200": {"description": "The answer."}, "default": failure}}
+        if "{id}" in path:
+            operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        paths[path] = {"get": operation}
+    return {
+        "openapi": "3.1.0", "info": {"title": "Quartet", "version": __version__},
+        "paths": paths, "security": [{"key": []}],
+        "components": {"schemas": {**schemas.get("$defs", {}), "Error": _ERROR},
+                       "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}}

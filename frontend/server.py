@@ -1,0 +1,81 @@
+"""The frontend's parts in one object, and the Sanic application around them.
+
+Sanic is configured on purpose in one place: our own loop and sockets, no worker manager, no banner, no access log of
+its own, no environment variables. Run by the frontend; holds what handlers share.
+"""
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sanic import Sanic
+from sanic.application.state import ApplicationServerInfo
+from sanic.config import Config
+from sanic.http.constants import HTTP
+from sanic.server import AsyncioServer
+
+from frontend import generate, info, tokens
+from frontend.admission import Admission
+from frontend.ingress import Ingress
+from frontend.keys import Hosts, Keys
+from frontend.metrics import FrontendMetrics
+from frontend.openapi import document
+from frontend.stages import Stages
+from frontend.table import RequestTable
+from pipeline import __version__
+from pipeline.config import ServerConfig
+from pipeline.messages import Kind, MetricFamily
+
+
+@dataclass(slots=True)
+class Frontend:
+    """What a frontend process has; handlers get it, nothing is global."""
+
+    config: ServerConfig
+    table: RequestTable
+    stages: Stages
+    admission: Admission
+    metrics: FrontendMetrics
+    keys: Keys
+    snapshots: Callable[[], Mapping[tuple[Kind, int], list[MetricFamily]]]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def fingerprint(self, model: str) -> str:
+        """Stable per model and version; names no path."""
+        number = next(i for i, m in enumerate(self.config.models) if m.names[0] == model)
+        source = f"{__version__}|{model}|{self.config.models[number].source}|{self.config.models[number].engine.dtype}"
+        return "fp_" + hashlib.sha256(source.encode()).hexdigest()[:10]
+
+
+def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any], Ingress]:
+    """The application with every route. `name` is unique within the process."""
+    http = frontend.config.http
+    config = Config(env_prefix=None)
+    config.update_config({
+        "ACCESS_LOG": False, "AUTO_EXTEND": False, "FALLBACK_ERROR_FORMAT": "json", "INSPECTOR": False, "MOTD": False,
+        "NOISY_EXCEPTIONS": False, "OAS": False, "KEEP_ALIVE_TIMEOUT": 120, "REQUEST_TIMEOUT": 60,
+        "RESPONSE_TIMEOUT": max(3600.0, http.request_timeout_s + 60), "REQUEST_MAX_SIZE": http.max_body_bytes,
+        "REQUEST_MAX_HEADER_SIZE": 8192, "REQUEST_BUFFER_SIZE": 65536, "GRACEFUL_TCP_CLOSE_TIMEOUT": 2.0})
+    app: Sanic[Any, Any] = Sanic(name, config=config, configure_logging=False)
+    ingress = Ingress(app, frontend.keys, Hosts(http), frontend.metrics, http.max_body_bytes,
+                      lambda: frontend.table.draining)
+    generate.Generate(frontend, ingress).register()
+    tokens.Tokens(frontend).register(ingress)
+    info.Info(frontend).register(ingress)
+    if http.enable_docs:
+        info.register_document(ingress, document(frontend.config))
+    return app, ingress
+
+
+async def serve(app: Sanic[Any, Any], sock: Any) -> AsyncioServer:
+    """Accept connections on a listening socket in the running loop."""
+    # Without this record Sanic would send an empty Alt-Svc header with every answer.
+    app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1, "port": 0}))
+    server = await app.create_server(sock=sock, asyncio_server_kwargs={"start_serving": False})
+    assert server is not None
+    await server.startup()
+    await server.start_serving()
+    return server

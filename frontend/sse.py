@@ -1,0 +1,157 @@
+"""Streamed answers as server-sent events, formatted by hand: constant parts are serialised once per stream.
+
+Chunks have OpenAI's exact form: `choices` always there, `delta.content` always there, the first chunk of a chat choice
+has the role and no text, the last one has the finish reason and no text; `usage: null` before the usage chunk only
+where usage was asked for; `[DONE]` only after a complete answer. Run by the frontend; no input or output here.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from frontend import logprobs
+from frontend.collector import Update
+from frontend.params import Ask
+from frontend.request import Choice, Request
+from frontend.wire import dump_ascii, finish_reason, prompt_ids, prompt_logprobs, quote, usage, usage_of
+from pipeline.messages import Logprobs
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class Events(Protocol):
+    """What a stream sends."""
+
+    def events(self, updates: list[Update]) -> bytes:
+        """The events for these updates; empty where there is nothing to show yet."""
+
+    def end(self) -> bytes:
+        """What follows the last chunk of a complete answer."""
+
+
+class _Stream:
+    """What both kinds of stream have in common."""
+
+    def __init__(self, kind: str, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
+        self._ask, self._request = ask, request
+        head = {"id": identity["id"], "object": kind, "created": identity["created"], "model": ask.model,
+                "system_fingerprint": identity["system_fingerprint"]}
+        self._prefix = "data: " + dump_ascii(head)[:-1]
+        self._begun: set[int] = set()
+        self._completion_tokens = [0] * len(request.choices)
+        self._tail: Callable[[Choice], str] = self._plain_tail
+        if ask.continuous_usage:
+            self._tail = self._usage_tail
+        elif ask.include_usage:
+            self._tail = self._null_tail
+
+    def end(self) -> bytes:
+        if not self._ask.include_usage:
+            return DONE
+        return f'{self._prefix},"choices":[],"usage":{dump_ascii(usage_of(self._request))}}}\n\n'.encode() + DONE
+
+    def _plain_tail(self, choice: Choice) -> str:
+        return "}\n\n"
+
+    def _null_tail(self, choice: Choice) -> str:
+        return ',"usage":null}\n\n'
+
+    def _usage_tail(self, choice: Choice) -> str:
+        prompt = choice.prompt
+        now = usage(prompt.prompt_tokens, self._completion_tokens[choice.index], prompt.cached_tokens)
+        return f',"usage":{dump_ascii(now)}}}\n\n'
+
+    def _first(self, update: Update) -> bool:
+        first = update.index not in self._begun
+        self._begun.add(update.index)
+        return first
+
+    def _shows(self, update: Update) -> bool:
+        """Whether an update without text is worth a chunk."""
+        return bool(update.ids) and (self._ask.token_ids or update.logprobs is not None)
+
+
+class ChatStream(_Stream):
+    """Chunks of a chat completion."""
+
+    def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
+        super().__init__("chat.completion.chunk", ask, request, identity)
+
+    def events(self, updates: list[Update]) -> bytes:
+        parts: list[str] = []
+        for update in updates:
+            choice = self._request.choices[update.index]
+            if self._first(update):
+                parts.append(self._role(choice))
+                if self._ask.echo:
+                    parts.append(self._chunk(choice, self._ask.echo, "null", ""))
+            self._completion_tokens[update.index] = update.completion_tokens
+            if update.text or self._shows(update):
+                parts.append(self._delta(choice, update))
+            if update.finish:
+                parts.append(self._last(choice, update))
+        return "".join(parts).encode()
+
+    def _role(self, choice: Choice) -> str:
+        ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(choice.prompt))}' if self._ask.token_ids else ""
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"role":"assistant","content":""}},'
+                f'"logprobs":null,"finish_reason":null}}]{ids}{self._tail(choice)}')
+
+    def _delta(self, choice: Choice, update: Update) -> str:
+        found = "null"
+        if self._ask.logprobs is not None and update.logprobs is not None:
+            content = logprobs.chat_content(update.logprobs, update.ids, self._ask.tokens_as_ids)
+            found = dump_ascii({"content": content, "refusal": None})
+        ids = f',"token_ids":{dump_ascii(list(update.ids))}' if self._ask.token_ids else ""
+        return self._chunk(choice, update.text, found, ids)
+
+    def _chunk(self, choice: Choice, text: str, found: str, ids: str) -> str:
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"content":{quote(text)}}},'
+                f'"logprobs":{found},"finish_reason":null{ids}}}]{self._tail(choice)}')
+
+    def _last(self, choice: Choice, update: Update) -> str:
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"content":""}},"logprobs":null,'
+                f'"finish_reason":"{finish_reason(update.finish)}","stop_reason":{dump_ascii(update.stop)}}}]'
+                f'{self._tail(choice)}')
+
+
+class CompletionStream(_Stream):
+    """Chunks of a text completion."""
+
+    def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
+        super().__init__("text_completion", ask, request, identity)
+        self._logprobs = [logprobs.CompletionLogprobs(ask.tokens_as_ids) for _ in request.choices]
+
+    def events(self, updates: list[Update]) -> bytes:
+        parts = []
+        for update in updates:
+            choice, first = self._request.choices[update.index], self._first(update)
+            self._completion_tokens[update.index] = update.completion_tokens
+            if update.text or update.finish or self._shows(update) or (first and choice.prompt.echo):
+                parts.append(self._chunk(choice, update, first))
+            elif first:
+                self._begun.discard(update.index)
+        return "".join(parts).encode()
+
+    def _chunk(self, choice: Choice, update: Update, first: bool) -> str:
+        ask, prompt = self._ask, choice.prompt
+        found, ids, text = "null", "", update.text
+        pieces: list[tuple[Logprobs, Sequence[int]]] = []
+        if first and prompt.echo is not None:
+            text = prompt.echo + text
+            told = prompt_logprobs(prompt)
+            if told is not None:
+                pieces.append(told)
+        if update.logprobs is not None:
+            pieces.append((update.logprobs, update.ids))
+        if ask.logprobs is not None and pieces:
+            found = dump_ascii(self._logprobs[choice.index].piece(pieces))
+        if ask.token_ids:
+            ids = f',"token_ids":{dump_ascii(list(update.ids))}'
+            if first:
+                ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(prompt))}' + ids
+        reason = finish_reason(update.finish)
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"text":{quote(text)},"logprobs":{found},'
+                f'"finish_reason":{dump_ascii(reason)},"stop_reason":{dump_ascii(update.stop)}{ids}}}]'
+                f'{self._tail(choice)}')

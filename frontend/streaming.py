@@ -1,0 +1,83 @@
+"""One stream: headers with the first token or after a while, keep-alive comments, merging towards slow readers.
+
+While a write waits for the client, updates of a choice are merged by its buffer; a write that waits too long ends the
+request. A stream that cannot be completed ends with an error event and without [DONE]. Run by the frontend.
+"""
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from frontend.call import Call
+from frontend.request import Request
+from frontend.sse import KEEP_ALIVE, Events
+from frontend.wire import error_event
+from pipeline.config import HttpConfig
+from pipeline.messages import AbortReason
+
+CONTENT_TYPE = "text/event-stream; charset=utf-8"
+
+
+class Stream:
+    """Sends the answer of one request as events."""
+
+    def __init__(self, call: Call, request: Request, news: asyncio.Event, events: Events, http: HttpConfig,
+                 headers: Callable[[Call], dict[str, str]]) -> None:
+        self._call, self._request, self._news, self._events = call, request, news, events
+        self._http, self._headers = http, headers
+        self._response: Any = None
+        self._loop = asyncio.get_running_loop()
+        self._written = self._loop.time()
+        self._beat = self._loop.call_later(http.keep_alive_s, self._on_beat)
+        self.reason = AbortReason.CLIENT_GONE         # why the request is not complete, where it is not
+
+    async def run(self) -> bool:
+        """Whether the whole answer was sent. Raises the request's error while no header is out."""
+        try:
+            return await self._send_all()
+        except TimeoutError:
+            self.reason = AbortReason.SLOW_CLIENT
+            self._call.cut()
+            return False
+        finally:
+            self._beat.cancel()
+
+    async def _send_all(self) -> bool:
+        request = self._request
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            data = self._events.events(request.take())
+            if request.error is not None:
+                if self._response is None:
+                    raise request.error
+                self._call.last()
+                await self._write(data + error_event(request.error), end=True)
+                return False
+            if request.done:
+                await self._write(data + self._events.end(), end=True)
+                return True
+            if data:
+                await self._write(data)
+            elif self._loop.time() >= self._written + self._http.keep_alive_s:
+                await self._write(KEEP_ALIVE)
+
+    async def _write(self, data: bytes, end: bool = False) -> None:
+        """TimeoutError when the client takes nothing for too long."""
+        if self._response is None:
+            self._response = await self._call.http.respond(status=200, content_type=CONTENT_TYPE, headers={
+                "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self._headers(self._call)})
+            self._call.status = 200
+        async with asyncio.timeout(self._http.slow_client_s):
+            await self._response.send(data, end)
+        self._written = self._loop.time()
+
+    def _on_beat(self) -> None:
+        """Wake the sender where the stream has been quiet; one timer per stream, however many tokens pass."""
+        due = self._written + self._http.keep_alive_s
+        now = self._loop.time()
+        if now >= due:
+            self._news.set()
+            due = now + self._http.keep_alive_s
+        self._beat = self._loop.call_at(due, self._on_beat)

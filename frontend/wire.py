@@ -1,0 +1,66 @@
+"""The pieces of JSON that answers are made of: serialising, finish reasons, usage, error bodies.
+
+Strict clients decide the shapes (reference/api-surface.md section 3): closed lists of finish reasons, no null where a
+list is expected, no NaN. Run by the frontend; pure functions.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from frontend.collector import join
+from frontend.request import Prompt, Request
+from pipeline.errors import QuartetError
+from pipeline.messages import Finish, Logprobs, unpack_ids
+
+# Everything outside ASCII is escaped: some clients split a stream's lines at U+2028 and its like.
+quote = json.encoder.encode_basestring_ascii
+
+_REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length"}
+
+
+def dump(value: Any) -> bytes:
+    """Compact UTF-8 JSON; ValueError for NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def dump_ascii(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def finish_reason(finish: Finish) -> str | None:
+    """OpenAI's name; None while the choice runs."""
+    return _REASONS.get(finish)
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion_tokens,
+            "completion_tokens": completion_tokens, "prompt_tokens_details": {"cached_tokens": cached_tokens}}
+
+
+def usage_of(request: Request) -> dict[str, Any]:
+    return usage(request.prompt_tokens, request.completion_tokens, request.cached_tokens)
+
+
+def prompt_ids(prompt: Prompt) -> list[int] | None:
+    """What the engine computed with; None where it never said."""
+    return list(unpack_ids(prompt.ids)) if prompt.admitted else None
+
+
+def prompt_logprobs(prompt: Prompt) -> tuple[Logprobs, Sequence[int]] | None:
+    """The prompt's log-probabilities and its ids, where both came."""
+    found = join(prompt.logprobs)
+    ids = prompt_ids(prompt)
+    if found is None or ids is None:
+        return None
+    return found, ids[:prompt.num_logprobs]
+
+
+def error_body(error: QuartetError) -> bytes:
+    return dump(error.body())
+
+
+def error_event(error: QuartetError) -> bytes:
+    """The event that ends a stream which cannot be completed."""
+    return b"data: " + dump_ascii(error.body()).encode() + b"\n\n"

@@ -1,0 +1,213 @@
+"""The real Sanic application on a real socket, with a pipeline of paper behind it that answers what prompts ask for.
+
+Prompts: "hang" is admitted and never answered, "fail CODE" fails, "say a|b|c" answers in these pieces, "count N" answers
+with N pieces, anything else answers "Hello", " there", "!". `step` decides when: by itself, or when a test says so.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import time
+import uuid
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from sanic import Sanic
+
+from frontend.admission import Admission
+from frontend.keys import Keys
+from frontend.metrics import FrontendMetrics
+from frontend.server import Frontend, build_app, serve
+from frontend.stages import Stages
+from frontend.table import RequestTable
+from pipeline.beacon import Heard
+from pipeline.config import ServerConfig
+from pipeline.ids import RidMaker
+from pipeline.messages import (
+    Abort,
+    Admitted,
+    AdmittedItem,
+    Deltas,
+    DetokenizeAnswer,
+    DetokenizeQuery,
+    Failed,
+    FailedItem,
+    Finish,
+    Kind,
+    Logprobs,
+    Submit,
+    TextDelta,
+    TokenizeAnswer,
+    TokenizeQuery,
+    Usage,
+    pack_ids,
+    unpack_ids,
+    unpack_rids,
+)
+from pipeline.metrics import snapshot
+from pipeline.transport import Address
+from tests.frontend.world import beacon, config
+
+
+def logprobs(ids: list[int], k: int, texts: list[str], first_unknown: bool = False) -> Logprobs:
+    """Token i has log-probability -(i + 1) / 4 and rank 1; the alternatives follow at -1, -2 ..."""
+    values = [math.nan if first_unknown and not i else -(i + 1) / 4 for i in range(len(ids))]
+    top = [[ids[i], *range(100, 99 + k)][:k] for i in range(len(ids))]
+    return Logprobs(
+        k, array("f", values).tobytes(), pack_ids([1] * len(ids)), pack_ids(sum(top, [])),
+        array("f", [-1.0 * (j + 1) for _ in ids for j in range(k)]).tobytes(), [t.encode() for t in texts],
+        [texts[i].encode() if j == 0 else f"alt{j}".encode() for i in range(len(ids)) for j in range(k)])
+
+
+class PaperPipeline:
+    """A Sender that answers like tokenizer, engine and detokenizer together."""
+
+    def __init__(self) -> None:
+        self.table: RequestTable | None = None
+        self.aborted: set[int] = set()
+        self.submits: list[Submit] = []
+        self.manual = False                  # tests call `step` themselves
+        self.full = False
+        self._steps: list[Any] = []
+        self._loop = asyncio.get_running_loop()
+
+    def send(self, to: Address, message: Any) -> bool:
+        if self.full:
+            return False
+        if isinstance(message, Abort):
+            self.aborted.update(unpack_rids(message.rids))
+        elif isinstance(message, Submit):
+            self.submits.append(message)
+            self._steps += [self._play(message)]
+            if not self.manual:
+                self._loop.call_soon(self.run)
+        elif isinstance(message, TokenizeQuery):
+            text = message.text if message.text is not None else "".join(
+                m["content"] for m in json.loads(message.chat.messages_json))  # type: ignore[union-attr]
+            answer = TokenizeAnswer(message.rid, pack_ids(map(ord, text)), list(text) if message.want_strings else None)
+            self._loop.call_soon(self._handle, answer)
+        elif isinstance(message, DetokenizeQuery):
+            text = "".join(map(chr, unpack_ids(message.ids)))
+            self._loop.call_soon(self._handle, DetokenizeAnswer(message.rid, text))
+        return True
+
+    def pressure(self, to: Address) -> float:
+        return 0.0
+
+    def run(self) -> None:
+        """Play every submission to its end."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """The next message of the oldest submission; False when there is none."""
+        while self._steps:
+            message = next(self._steps[0], None)
+            if message is not None:
+                self._handle(message)
+                return True
+            self._steps.pop(0)
+        return False
+
+    def _handle(self, message: Any) -> None:
+        assert self.table is not None
+        self.table.handle(message)
+        self.table.assert_invariants()
+
+    def _play(self, submit: Submit) -> Any:
+        text = submit.text
+        if text is None:
+            text = json.loads(submit.chat.messages_json)[-1]["content"] if submit.chat else "ids"
+        if text.startswith("fail "):
+            yield Failed(Kind.TOKENIZER, 0, 1, [FailedItem(submit.rid, text.split()[1], "as you asked", "prompt")])
+            return
+        ids = [ord(c) % 1000 for c in text]
+        yield Admitted(submit.route.engine, submit.route.engine_epoch, [AdmittedItem(submit.rid, pack_ids(ids))])
+        if text == "hang":
+            return
+        pieces = ["Hello", " there", "!"]
+        if text.startswith("say "):
+            pieces = text[4:].split("|")
+        elif text.startswith("count "):
+            pieces = [f"{i} " for i in range(int(text.split()[1]))]
+        sampling = submit.sampling
+        finish = Finish.LENGTH if sampling.max_tokens <= len(pieces) else Finish.EOS
+        pieces = pieces[:sampling.max_tokens]
+        usage = Usage(len(ids), 1, 0)
+        if not pieces:
+            yield self._delta(submit, 0, "", 0, [], Finish.LENGTH, 0, ids, text, usage)
+        offset = 0
+        for i, piece in enumerate(pieces):
+            for j in range(submit.n):
+                yield self._delta(submit, j, piece, i, [10 + i], finish if i == len(pieces) - 1 else Finish.RUNNING,
+                                  offset, ids, text, usage if i == 0 else None)
+            offset += len(piece)
+
+    def _delta(self, submit: Submit, j: int, piece: str, start: int, ids: list[int], finish: Finish, offset: int,
+               prompt: list[int], text: str, usage: Usage | None) -> Deltas:
+        sampling, first = submit.sampling, start == 0
+        found = None if sampling.logprobs is None else logprobs(ids, sampling.logprobs, [piece] * len(ids))
+        told = None
+        if first and sampling.prompt_logprobs is not None:
+            told = logprobs(prompt, sampling.prompt_logprobs, list(text), first_unknown=True)
+        return Deltas(0, 1, [TextDelta(
+            submit.rid + j, offset, piece, start, pack_ids(ids), finish, None, found,
+            text if first and submit.detok.echo else None, told, usage)])
+
+
+class Served:
+    """A frontend that listens."""
+
+    def __init__(self, server_config: ServerConfig) -> None:
+        self.pipeline = PaperPipeline()
+        self.latest = {m: Heard(beacon(*m), time.monotonic_ns()) for m in server_config.members()}
+        self.stages = Stages(server_config, self.latest, time.monotonic_ns)
+        self.stages.note()
+        self.registry = CollectorRegistry()
+        metrics = FrontendMetrics(server_config, self.registry)
+        self.table = RequestTable(RidMaker(1, 1), self.stages, self.pipeline, time.monotonic_ns, metrics)
+        self.pipeline.table = self.table
+        self.admission = Admission(server_config.limits)
+        self.keys = Keys(server_config.http)
+        self.frontend = Frontend(server_config, self.table, self.stages, self.admission, metrics, self.keys,
+                                 lambda: {(Kind.FRONTEND, 0): snapshot(self.registry)})
+        self.app, _ = build_app(self.frontend, f"quartet-{uuid.uuid4().hex}")
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def idle(self) -> None:
+        """Wait until no request is open; what is left then is a leak."""
+        for _ in range(500):
+            if not len(self.table):
+                break
+            await asyncio.sleep(0.01)
+        assert len(self.table) == 0 and self.admission.requests == 0
+        self.admission.assert_invariants()
+        self.table.assert_invariants()
+
+
+@asynccontextmanager
+async def served(**changes: Any) -> AsyncIterator[Served]:
+    """Run a frontend in this loop; every request must be closed in the end."""
+    server = Served(config(**changes))
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.setblocking(False)
+    server.port = sock.getsockname()[1]
+    running = await serve(server.app, sock)
+    try:
+        yield server
+        await server.idle()
+    finally:
+        running.close()
+        for connection in list(running.connections):
+            connection.abort()
+        await asyncio.sleep(0)
+        Sanic.unregister_app(server.app)

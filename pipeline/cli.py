@@ -96,6 +96,8 @@ def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int
     with (Signals() as signals,
           listen.bind(settings["host"], settings["port"], settings["uds"], settings["frontends"]) as listeners,
           rundir.RunDirectory(parent, prefix) as run):
+        if not settings.check:
+            terminal.line(f"Starting {source.name} (quartet {__version__}) ...")
         log_dir = rundir.log_directory(settings["log_dir"], run.path)
         directory, tokenizer = preparation.prepare(
             source, settings["tokenizer"], trust_remote_code=settings["trust_remote_code"],

@@ -17,6 +17,7 @@ import uvloop
 from sanic.server import AsyncioServer
 
 from frontend.admission import Admission
+from frontend.edge import Edge
 from frontend.keys import Keys
 from frontend.link import Link, watch
 from frontend.metrics import FrontendMetrics
@@ -58,6 +59,7 @@ class Process:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         link = Link(self._context, self._watcher, self._stages, self._table, self._metrics)
         app, _ = build_app(self._frontend)
+        edge = Edge(self._context, self._frontend) if self._context.config.edge.endpoint is not None else None
         server = await serve(app, listening_socket(self._context))
         loop.add_signal_handler(signal.SIGTERM, self._terminate)        # Sanic has put its own
         gc.collect()
@@ -66,6 +68,8 @@ class Process:
         log.info("frontend %d serves", self._context.index)
         await self._stop.wait()
         await self._drain(server)
+        if edge is not None:
+            edge.close()
         link.close()
 
     async def _drain(self, server: AsyncioServer) -> None:

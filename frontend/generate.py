@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sanic.response import HTTPResponse
@@ -22,6 +24,7 @@ from frontend.request import Request
 from frontend.schema import ChatBody, CompletionBody
 from frontend.sse import ChatStream, CompletionStream, Events
 from frontend.streaming import Stream
+from pipeline.config import ServerConfig
 from pipeline.messages import AbortReason
 
 if TYPE_CHECKING:
@@ -29,6 +32,44 @@ if TYPE_CHECKING:
 
 Body = Callable[[Ask, Request, dict[str, Any]], dict[str, Any]]
 Chunks = Callable[[Ask, Request, dict[str, Any]], Events]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked body: what to ask of the table, and how its answer is written."""
+
+    ask: Ask
+    chat: bool
+    prefix: str                  # of the answer's id
+    label: str | None            # the caller's own id, from the body
+    body: Body
+    chunks: Chunks
+
+
+def completion_job(content: bytes, config: ServerConfig) -> Job:
+    body = validate(CompletionBody, parse_object(content))
+    ask = params.completion(body, config, time.monotonic_ns())
+    return Job(ask, False, "cmpl-", body.request_id, answers.completion, CompletionStream)
+
+
+def chat_job(content: bytes, config: ServerConfig) -> Job:
+    raw = parse_object(content)
+    body = validate(ChatBody, raw)
+    ask = params.chat(body, raw, config, time.monotonic_ns())
+    return Job(ask, True, "chatcmpl-", body.request_id, answers.chat, ChatStream)
+
+
+JOBS: Mapping[str, Callable[[bytes, ServerConfig], Job]] = MappingProxyType(
+    {"completions": completion_job, "chat": chat_job})
+
+
+def open_request(frontend: Frontend, ask: Ask, num_bytes: int, wake: Callable[[], None]) -> Request:
+    """Take a permit and accept the request; QuartetError where there is no room or no way."""
+    spec = ask.spec
+    limit = frontend.config.models[spec.model].max_model_len
+    permit = frontend.admission.acquire(num_bytes, estimate_tokens(
+        sum(p.num_bytes for p in spec.prompts), len(spec.prompts), spec.n, ask.max_tokens, limit))
+    return frontend.table.open(spec, wake, permit)
 
 
 class Generate:
@@ -42,48 +83,39 @@ class Generate:
         self._ingress.post("/v1/chat/completions", self.chat)
 
     async def completions(self, call: Call) -> HTTPResponse | None:
-        raw = parse_object(call.body)
-        body = validate(CompletionBody, raw)
-        ask = params.completion(body, self._frontend.config, time.monotonic_ns())
-        return await self._answer(call, ask, "cmpl-", body.request_id, answers.completion, CompletionStream)
+        return await self._answer(call, completion_job(call.body, self._frontend.config))
 
     async def chat(self, call: Call) -> HTTPResponse | None:
-        raw = parse_object(call.body)
-        body = validate(ChatBody, raw)
-        ask = params.chat(body, raw, self._frontend.config, time.monotonic_ns())
-        return await self._answer(call, ask, "chatcmpl-", body.request_id, answers.chat, ChatStream)
+        return await self._answer(call, chat_job(call.body, self._frontend.config))
 
-    async def _answer(self, call: Call, ask: Ask, prefix: str, label: str | None, body: Body,
-                      chunks: Chunks) -> HTTPResponse | None:
-        frontend, spec = self._frontend, ask.spec
+    async def _answer(self, call: Call, job: Job) -> HTTPResponse | None:
+        frontend, ask, spec = self._frontend, job.ask, job.ask.spec
         call.fields["model"] = ask.model
-        limit = frontend.config.models[spec.model].max_model_len
-        permit = frontend.admission.acquire(len(call.body), estimate_tokens(
-            sum(p.num_bytes for p in spec.prompts), len(spec.prompts), spec.n, ask.max_tokens, limit))
-        call.body = b""
         news = asyncio.Event()
-        request = frontend.table.open(spec, news.set, permit)
+        request = open_request(frontend, ask, len(call.body), news.set)
+        call.body = b""
         reason = AbortReason.CLIENT_GONE
         try:
-            identity = {"id": prefix + (call.request_id if call.labelled or label is None else label),
-                        "created": int(time.time()), "system_fingerprint": frontend.fingerprint(ask.model)}
+            label = call.request_id if call.labelled or job.label is None else job.label
+            identity = {"id": job.prefix + label, "created": int(time.time()),
+                        "system_fingerprint": frontend.fingerprint(ask.model)}
             if spec.stream:
-                stream = Stream(call, request, news, chunks(ask, request, identity), frontend.config.http,
+                stream = Stream(call, request, news, job.chunks(ask, request, identity), frontend.config.http,
                                 self._ingress.headers_of)
                 complete = await stream.run()
                 reason = stream.reason
             else:
-                await _finished(request, news)
+                await finished(request, news)
                 complete = True
             if complete:
                 frontend.metrics.generated(request, spec.sampling.max_tokens, call.elapsed_s)
-            return None if spec.stream else json_response(body(ask, request, identity))
+            return None if spec.stream else json_response(job.body(ask, request, identity))
         finally:
             frontend.table.close(request, reason)
             _describe(call, request)
 
 
-async def _finished(request: Request, news: asyncio.Event) -> None:
+async def finished(request: Request, news: asyncio.Event) -> None:
     """Wait for the terminal event; raises the request's error."""
     while not request.done:
         await news.wait()

@@ -105,4 +105,4 @@ class Link:
 
 def watch(context: Context) -> BeaconWatcher:
     """Beacons of all stages, ourselves included (for /metrics), and of the launcher."""
-    return BeaconWatcher(context.zmq, context.config, [*context.config.members(), (Kind.LAUNCHER, 0)], metrics=True)
+    return BeaconWatcher(context.zmq_context, context.config, [*context.config.members(), (Kind.LAUNCHER, 0)], metrics=True)

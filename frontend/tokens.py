@@ -34,48 +34,57 @@ class Tokens:
         ingress.post("/detokenize", self.detokenize)
 
     async def tokenize(self, call: Call) -> HTTPResponse:
-        raw = parse_object(call.body)
-        config = self._frontend.config
-        if "messages" in raw:
-            chat_body = validate(TokenizeChatBody, raw)
-            number = find_model(config, chat_body.model)
-            chat, text, special = template_input(chat_body, raw, config), None, bool(chat_body.add_special_tokens)
-            strings = bool(chat_body.return_token_strs)
-        else:
-            body = validate(TokenizeBody, raw)
-            number = find_model(config, body.model)
-            chat, text, special = None, body.prompt, body.add_special_tokens is not False
-            strings = bool(body.return_token_strs)
-        answer = await self._ask(call, lambda rid, epoch: TokenizeQuery(
-            rid, epoch, number, text, chat, special, strings))
-        assert isinstance(answer, TokenizeAnswer)
-        ids = list(unpack_ids(answer.ids))
-        return json_response({"count": len(ids), "max_model_len": config.models[number].max_model_len, "tokens": ids,
-                              "token_strs": answer.strings})
+        return json_response(await tokenize(self._frontend, call.body))
 
     async def detokenize(self, call: Call) -> HTTPResponse:
-        body = validate(DetokenizeBody, parse_object(call.body))
-        number = find_model(self._frontend.config, body.model)
-        model = self._frontend.config.models[number]
-        limit = MAX_CONTEXTS * model.max_model_len
-        if len(body.tokens) > limit:
-            raise invalid(f"'tokens' may hold at most {limit} ids.", "tokens")
-        if body.tokens and max(body.tokens) >= (model.vocab_size or 2**32):
-            raise invalid("'tokens' holds a token id that the model does not have.", "tokens")
-        ids = pack_ids(body.tokens)
-        answer = await self._ask(call, lambda rid, epoch: DetokenizeQuery(rid, epoch, number, ids))
-        assert isinstance(answer, DetokenizeAnswer)
-        return json_response({"prompt": answer.text})
+        return json_response(await detokenize(self._frontend, call.body))
 
-    async def _ask(self, call: Call, make: QueryMessage) -> Any:
-        frontend = self._frontend
-        with frontend.admission.acquire(len(call.body), 0):
-            news = asyncio.Event()
-            query = frontend.table.query(make, news.set, time.monotonic_ns() + int(TIMEOUT_S * 1e9))
-            try:
-                await news.wait()
-                if query.error is not None:
-                    raise query.error
-                return query.answer
-            finally:
-                frontend.table.queries.close(query)
+
+async def tokenize(frontend: Frontend, content: bytes) -> dict[str, Any]:
+    """The answer to a body of /tokenize: text or chat to ids."""
+    raw, config = parse_object(content), frontend.config
+    if "messages" in raw:
+        chat_body = validate(TokenizeChatBody, raw)
+        number = find_model(config, chat_body.model)
+        chat, text, special = template_input(chat_body, raw, config), None, bool(chat_body.add_special_tokens)
+        strings = bool(chat_body.return_token_strs)
+    else:
+        body = validate(TokenizeBody, raw)
+        number = find_model(config, body.model)
+        chat, text, special = None, body.prompt, body.add_special_tokens is not False
+        strings = bool(body.return_token_strs)
+    answer = await _ask(frontend, len(content), lambda rid, epoch: TokenizeQuery(
+        rid, epoch, number, text, chat, special, strings))
+    assert isinstance(answer, TokenizeAnswer)
+    ids = list(unpack_ids(answer.ids))
+    return {"count": len(ids), "max_model_len": config.models[number].max_model_len, "tokens": ids,
+            "token_strs": answer.strings}
+
+
+async def detokenize(frontend: Frontend, content: bytes) -> dict[str, Any]:
+    """The answer to a body of /detokenize: ids to text."""
+    body = validate(DetokenizeBody, parse_object(content))
+    number = find_model(frontend.config, body.model)
+    model = frontend.config.models[number]
+    limit = MAX_CONTEXTS * model.max_model_len
+    if len(body.tokens) > limit:
+        raise invalid(f"'tokens' may hold at most {limit} ids.", "tokens")
+    if body.tokens and max(body.tokens) >= (model.vocab_size or 2**32):
+        raise invalid("'tokens' holds a token id that the model does not have.", "tokens")
+    ids = pack_ids(body.tokens)
+    answer = await _ask(frontend, len(content), lambda rid, epoch: DetokenizeQuery(rid, epoch, number, ids))
+    assert isinstance(answer, DetokenizeAnswer)
+    return {"prompt": answer.text}
+
+
+async def _ask(frontend: Frontend, num_bytes: int, make: QueryMessage) -> Any:
+    with frontend.admission.acquire(num_bytes, 0):
+        news = asyncio.Event()
+        query = frontend.table.query(make, news.set, time.monotonic_ns() + int(TIMEOUT_S * 1e9))
+        try:
+            await news.wait()
+            if query.error is not None:
+                raise query.error
+            return query.answer
+        finally:
+            frontend.table.queries.close(query)

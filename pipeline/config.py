@@ -78,6 +78,14 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeConfig:
+    """The side door for `pipeline.client`."""
+
+    endpoint: str | None = None              # ipc path or tcp host:port; frontend i appends .i or adds i to the port
+    key_dir: str | None = None               # CURVE keys, needed for TCP that is not loopback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
     """Admission permits over all frontends; each frontend takes its share."""
 
@@ -109,6 +117,7 @@ class ServerConfig:
     seed: int | None = None                  # --seed: fixes the seeds of requests that name none
     launcher_pid: int = 0
     http: HttpConfig = field(default_factory=HttpConfig)
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     trust_request_chat_template: bool = False

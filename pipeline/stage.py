@@ -52,7 +52,7 @@ class Context:
     epoch: int
     status: Status
     registry: CollectorRegistry
-    zmq: zmq.Context[zmq.Socket[bytes]]
+    zmq_context: zmq.Context[zmq.Socket[bytes]]
     outboxes: Outboxes
     publisher: BeaconPublisher
     bad_frames: Counter
@@ -80,12 +80,12 @@ class Context:
 
     def inbox(self, name: str = "in", hwm: int = sockets.HWM) -> zmq.Socket[bytes]:
         """Bind one of this stage's receiving sockets."""
-        return sockets.pull(self.zmq, endpoint(self.config, Address(self.kind, self.index, name)), hwm)
+        return sockets.pull(self.zmq_context, endpoint(self.config, Address(self.kind, self.index, name)), hwm)
 
     def close(self) -> None:
         self.publisher.stop()
         self.outboxes.close()
-        self.zmq.destroy(linger=0)
+        self.zmq_context.destroy(linger=0)
         for name in ("in", "ctl", "beacon"):
             with contextlib.suppress(OSError):
                 os.unlink(path_of(self.config.run_dir, self.kind, self.index, name))
@@ -130,7 +130,7 @@ def enter(kind: Kind, argv: Sequence[str] | None = None, options: Sequence[str] 
     publisher = BeaconPublisher(ctx, config, kind, args.index, args.epoch, status, registry)
     publisher.start()
     return Context(
-        config=config, kind=kind, index=args.index, epoch=args.epoch, status=status, registry=registry, zmq=ctx,
+        config=config, kind=kind, index=args.index, epoch=args.epoch, status=status, registry=registry, zmq_context=ctx,
         outboxes=Outboxes(lambda to: sockets.push(
             ctx, endpoint(config, to), sockets.CONTROL_HWM if to.name == "ctl" else sockets.HWM)),
         publisher=publisher, log_listener=listener,
@@ -167,11 +167,11 @@ class Stage:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._stopping = self._looping = False
-        names = ("ctl", "in") if context.kind is Kind.ENGINE else ("in",)
+        names = ["ctl", "in"] if context.kind is Kind.ENGINE else ["in"]
         self._inboxes = [(name, context.inbox(name, sockets.CONTROL_HWM if name == "ctl" else sockets.HWM))
                          for name in names]
         peers = [m for m in context.config.members() if m != (context.kind, context.index)]
-        self._watcher = BeaconWatcher(context.zmq, context.config, peers)
+        self._watcher = BeaconWatcher(context.zmq_context, context.config, peers)
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
@@ -214,9 +214,9 @@ class Stage:
                 if self._watcher.socket in events:
                     for beacon in self._watcher.drain():
                         logic.peer_restarted(Kind(beacon.kind), beacon.index, beacon.epoch)
-                for name, inbox in self._inboxes:
+                for socket_name, inbox in self._inboxes:
                     if inbox in events:
-                        self._receive(name, inbox, logic)
+                        self._receive(socket_name, inbox, logic)
             logic.turn()
             publisher.load = logic.load()
             flushed = outboxes.flush()

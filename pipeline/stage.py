@@ -194,7 +194,7 @@ class Stage:
         self._wake_read.close()
         self._wake_write.close()
         self._watcher.close()
-        for _, inbox in self._inboxes:
+        for _name, inbox in self._inboxes:
             inbox.close(linger=0)
 
     def loop(self, logic: Logic) -> None:

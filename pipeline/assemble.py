@@ -10,8 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline import keys
 from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
-from pipeline.config import EngineConfig, HttpConfig, LimitsConfig, ModelConfig, ServerConfig, TimeoutsConfig
+from pipeline.config import (
+    EdgeConfig,
+    EngineConfig,
+    HttpConfig,
+    LimitsConfig,
+    ModelConfig,
+    ServerConfig,
+    TimeoutsConfig,
+)
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.options import BY_KEY, nearest
@@ -45,8 +54,28 @@ def check(settings: Settings) -> None:
         raise _wrong(f"--override-generation-config has an unknown key '{name}'" + nearest(name, GENERATION_DEFAULTS))
     if settings["api_key_file"] is not None:
         keys_in(Path(settings["api_key_file"]).expanduser())
+    _check_edge(settings)
     generation_directory(settings, Path("/"))
     chat_template(settings)
+
+
+def _check_edge(settings: Settings) -> None:
+    """TCP that others can reach needs keys, and the keys must be there."""
+    endpoint, directory = settings["zmq_endpoint"], settings["zmq_keys"]
+    if directory is not None:
+        if endpoint is None:
+            raise _wrong("--zmq-keys needs --zmq-endpoint.")
+        for name in ("server.key", "server.pub"):
+            keys.read(Path(directory).expanduser() / name)
+    elif endpoint is not None and endpoint.startswith("tcp://"):
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        if host not in ("127.0.0.1", "localhost", "[::1]"):
+            raise _wrong(f"--zmq-endpoint {endpoint} can be reached from other machines and needs --zmq-keys: "
+                         "make them with `quartet keys DIR`.")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def keys_in(path: Path) -> tuple[str, ...]:
@@ -123,7 +152,6 @@ def engine_config(settings: Settings) -> EngineConfig:
 def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_dir: Path, port: int,
                   started_ns: int) -> ServerConfig:
     """The resolved configuration of this launcher's run; `port` is the one that was bound."""
-    key_file = settings["api_key_file"]
     return ServerConfig(
         run_dir=str(run_dir), log_dir=str(log_dir), models=(model,), log_level=settings["log_level"],
         frontends=settings["frontends"], tokenizers=settings["tokenizers"], detokenizers=settings["detokenizers"],
@@ -131,15 +159,16 @@ def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_
         trust_request_chat_template=settings["trust_request_chat_template"],
         http=HttpConfig(
             host=settings["host"], port=port, uds=settings["uds"], api_keys=settings["api_key"],
-            api_key_file=None if key_file is None else str(Path(key_file).expanduser().absolute()),
+            api_key_file=_absolute(settings["api_key_file"]),
             metrics_need_key=settings["metrics_need_key"], allowed_hosts=settings["allowed_hosts"],
             max_body_bytes=settings["max_request_bytes"], max_logprobs=settings["max_logprobs"],
             enable_docs=not settings["disable_docs"], request_timeout_s=settings["request_timeout"],
             keep_alive_s=settings["keep_alive_interval"], slow_client_s=settings["slow_client_timeout"]),
+        edge=EdgeConfig(endpoint=settings["zmq_endpoint"], key_dir=_absolute(settings["zmq_keys"])),
         limits=LimitsConfig(max_requests=settings["max_requests"], max_bytes=settings["max_inflight_bytes"],
                             max_tokens=settings["max_inflight_tokens"]),
         timeouts=TimeoutsConfig(shutdown_s=settings["shutdown_timeout"], hang_s=settings["hang_timeout"],
-                                start_s=settings["start_timeout"]))
+                                start_s=settings["start_timeout"], crash_deaths=settings["crash_limit"]))
 
 
 def _text(path: Path, what: str) -> str:

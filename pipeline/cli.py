@@ -25,6 +25,7 @@ usage: quartet COMMAND [options]
   status          say whether the daemon's server is running and ready
   logs [-f]       show the daemon's log
   down            stop the daemon
+  keys DIR        make CURVE keys for in-cluster clients over TCP
   version         print the version
 
 Exit codes: """ + "; ".join(f"{code} {meaning}" for code, meaning in exits.MEANING.items())
@@ -44,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif command in ("up", "status", "logs", "down"):
             from pipeline import daemon
             return daemon.main(command, arguments)
+        elif command == "keys":
+            return make_keys(arguments)
         else:
             from pipeline.options import nearest
-            known = ("serve", "up", "status", "logs", "down", "version", "help")
+            known = ("serve", "up", "status", "logs", "down", "keys", "version", "help")
             hint = nearest(command, known) if command else "; see quartet --help."
             what = f"Unknown command '{command}'" if command else "A command is needed"
             raise StartError(exits.CONFIG, what + hint)
@@ -57,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exits.OK
     except BrokenPipeError:              # `quartet --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exits.OK
+
+
+def make_keys(arguments: Sequence[str]) -> int:
+    """``quartet keys DIR``."""
+    from pathlib import Path
+
+    from pipeline import keys
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise StartError(exits.CONFIG, "quartet keys needs one directory to write the keys to.")
+    for path in keys.make(Path(arguments[0]).expanduser()):
+        print(path)
     return exits.OK
 
 

@@ -101,6 +101,7 @@ class TimeoutsConfig:
     start_s: float = 1800.0
     beacon_s: float = 0.1
     census_s: float = 5.0
+    crash_deaths: int = 5                    # of one process within 60 s: a crash loop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

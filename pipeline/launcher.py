@@ -55,7 +55,7 @@ class Launcher:
                  signals: Signals, command: Command = stage_command) -> None:
         self._config, self._config_path = config, config_path
         self._listeners, self._terminal, self._signals, self._command = listeners, terminal, signals, command
-        self._lives = {member: Life(*member) for member in config.members()}
+        self._lives = {member: Life(*member, max_deaths=config.timeouts.crash_deaths) for member in config.members()}
         self._children: dict[tuple[Kind, int], Child] = {}
         self._phases: dict[tuple[Kind, int], str] = {}
         self._was_ready = False

@@ -85,6 +85,11 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="slow-client-timeout", group=HTTP, default=60.0, parse=seconds(1.0), metavar="S",
            help="a client that reads nothing for this long is dropped"),
 
+    Option(name="zmq-endpoint", group=HTTP, parse=values.zmq_endpoint, metavar="ENDPOINT",
+           help="serve in-cluster clients here, too: ipc:///path or tcp://host:port (docs/client.md)"),
+    Option(name="zmq-keys", group=HTTP, metavar="DIR",
+           help="CURVE keys made by `quartet keys DIR`, needed for TCP that is not loopback"),
+
     Option(name="served-model-name", group=MODEL, many=True, words=True, default=(), parse=values.name, metavar="NAME",
            help="names in the API, the first one is in answers (default: the directory, file or hub name)"),
     Option(name="tokenizer", group=MODEL, metavar="DIR", help="take the tokenizer from this directory"),
@@ -143,6 +148,9 @@ OPTIONS: tuple[Option, ...] = (
            help="a process that makes no progress for this long is replaced"),
     Option(name="start-timeout", group=PROCESSES, default=1800.0, parse=seconds(1.0, 86400), metavar="S",
            help="a process that is not ready after this long is replaced"),
+
+    Option(name="crash-limit", group=PROCESSES, default=5, parse=integer(1, 10**6), metavar="N",
+           help="deaths of one process within 60 seconds that end the server"),
 
     Option(name="max-requests", group=LIMITS, default=512, parse=integer(1, 10**6), metavar="N",
            help="requests in flight; more get 429"),

@@ -12,9 +12,9 @@ from pipeline.config import ServerConfig, TimeoutsConfig
 from pipeline.messages import Beacon, Kind, State
 
 S = 1_000_000_000                # nanoseconds in a second
-CRASH_DEATHS = 5                 # so many deaths of one process ...
+CRASH_DEATHS = 5                 # so many deaths of one process (by default) ...
 CRASH_WINDOW_NS = 60 * S         # ... within this are a crash loop
-QUICK_NS = 10 * S                # a death this soon after readiness counts as quick
+QUICK_NS = S                     # a death this soon after readiness counts as quick
 FIRST_DELAY_NS = S // 10
 MAX_DELAY_NS = 10 * S
 GRACE_NS = 5 * S                 # after the launcher itself stood still, nobody is called hung before this
@@ -42,7 +42,8 @@ class Life:
     condemned_ns: int | None = None      # when this run was told to die for a Verdict
     delay_ns: int = 0
     failed: bool = False                 # given up for good
-    deaths: deque[int] = field(default_factory=lambda: deque(maxlen=CRASH_DEATHS))
+    max_deaths: int = CRASH_DEATHS
+    deaths: deque[int] = field(default_factory=deque)   # the last max_deaths of them
 
     @property
     def name(self) -> str:
@@ -61,8 +62,10 @@ class Life:
         else:
             self.delay_ns = min(MAX_DELAY_NS, max(FIRST_DELAY_NS, 2 * self.delay_ns))
         self.deaths.append(now_ns)
+        if len(self.deaths) > self.max_deaths:
+            self.deaths.popleft()
         self.restart_ns = now_ns + self.delay_ns
-        return len(self.deaths) < CRASH_DEATHS or now_ns - self.deaths[0] > CRASH_WINDOW_NS
+        return len(self.deaths) < self.max_deaths or now_ns - self.deaths[0] > CRASH_WINDOW_NS
 
     def give_up(self) -> None:
         self.failed, self.restart_ns = True, None

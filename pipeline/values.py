@@ -107,3 +107,13 @@ def host(text: str) -> str:
     if not text or not text.isprintable() or " " in text:
         raise ValueError("an address or a host name")
     return text.strip("[]")
+
+
+def zmq_endpoint(text: str) -> str:
+    """ipc:///absolute/path or tcp://host:port."""
+    if text.startswith("ipc:///") and len(text) < 100:
+        return text
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    if text.startswith("tcp://") and host and port.isdigit() and 0 < int(port) < 65536:
+        return text
+    raise ValueError("ipc:///path (an absolute path of less than 90 characters) or tcp://host:port")

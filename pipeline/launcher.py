@@ -199,7 +199,7 @@ class Launcher:
                 life.condemned_ns = now
                 self._terminal.line(f"{life.name} {verdict.value}: it is replaced.")
                 child.signal(signal.SIGABRT if verdict is Verdict.HUNG else signal.SIGKILL)
-        if not self._was_ready and self._all_ready():
+        if not self._was_ready and not self._steps and self._all_ready():
             self._was_ready = True
             self._status.state, self._status.phase, self._status.percent = State.READY, "ready", 100
             self._publisher.announce()

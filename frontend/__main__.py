@@ -21,7 +21,7 @@ from frontend.edge import Edge
 from frontend.keys import Keys
 from frontend.link import Link, watch
 from frontend.metrics import FrontendMetrics
-from frontend.server import Frontend, build_app, serve
+from frontend.server import Frontend, build_app, prepare, serve
 from frontend.stages import Stages
 from frontend.table import RequestTable
 from pipeline.config import load
@@ -112,10 +112,7 @@ class Process:
 
 
 def listening_socket(context: Context) -> socket.socket:
-    """The socket that the launcher handed over, or one of our own where the stage is started by hand.
-
-    Its options are inherited by the connections: dead clients are noticed within a minute.
-    """
+    """The socket that the launcher handed over, or one of our own where the stage is started by hand."""
     given = context.extra["listen-fd"]
     http = context.config.http
     if given:
@@ -127,13 +124,7 @@ def listening_socket(context: Context) -> socket.socket:
     else:
         family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
         sock = socket.create_server((http.host, http.port), family=family, backlog=1024, reuse_port=True)
-    sock.setblocking(False)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        for level, option, value in (
-                (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-                (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-                (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)):
-            sock.setsockopt(level, option, value)
+    prepare(sock)
     return sock
 
 

@@ -11,12 +11,14 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from sanic.exceptions import SanicException
 from sanic.request import Request as HttpRequest
 
 from frontend.fields import REQUEST_ID_PATTERN
 from pipeline.errors import QuartetError
 
 BODY_TIMEOUT_S = 60.0
+LINGER_S = 1.0                   # an unwanted body is read for so long, lest a reset overtake the answer to it
 JSON_TYPES = ("application/json",)
 
 
@@ -48,6 +50,23 @@ class Call:
         if stream is not None:
             stream.keep_alive = False
 
+    @property
+    def unread(self) -> bool:
+        """Whether (part of) the body is still to come."""
+        stream: Any = self.http.stream
+        return bool(stream is not None and stream.request_body)
+
+    async def linger(self) -> None:
+        """The answer is sent: read the rest of the body and drop it, but not for long."""
+        stream: Any = self.http.stream
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while stream.request_body:
+                    await stream.read()
+        except (TimeoutError, SanicException):
+            stream.request_body = None
+            self.last()
+
     def cut(self) -> None:
         """Reset the connection: nothing true can be said on it any more."""
         transport: Any = self.http.transport
@@ -59,14 +78,12 @@ class Call:
         headers = self.http.headers
         media = headers.getone("content-type", "").partition(";")[0].strip().lower()
         if media not in JSON_TYPES:
-            self.last()
             raise QuartetError("unsupported_media_type", "The body must be sent as application/json.")
         if headers.getone("content-encoding", "identity").strip().lower() != "identity":
-            self.last()
             raise QuartetError("unsupported_media_type", "Compressed bodies are not supported.")
         declared = headers.getone("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > limit:
-            self._too_large(limit)
+            raise _too_large(limit)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 self.body = await self._collect(limit)
@@ -86,10 +103,10 @@ class Call:
             if data:
                 size += len(data)
                 if size > limit:
-                    self._too_large(limit)
+                    raise _too_large(limit)
                 parts.append(data)
         return b"".join(parts)
 
-    def _too_large(self, limit: int) -> None:
-        self.last()
-        raise QuartetError("payload_too_large", f"The body is larger than {limit} bytes.")
+
+def _too_large(limit: int) -> QuartetError:
+    return QuartetError("payload_too_large", f"The body is larger than {limit} bytes.")

@@ -11,9 +11,10 @@ from sanic.response import HTTPResponse
 from frontend.call import Call
 from frontend.health import Health
 from frontend.ingress import Ingress, json_response
+from frontend.openapi import document
 from frontend.wire import dump
 from pipeline import __version__
-from pipeline.config import ModelConfig
+from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import QuartetError
 from pipeline.metrics import exposition
 
@@ -73,11 +74,13 @@ class Info:
         return HTTPResponse(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def register_document(ingress: Ingress, document: dict[str, Any]) -> None:
-    """GET /openapi.json."""
-    body = dump(document)
+def register_document(ingress: Ingress, config: ServerConfig) -> None:
+    """GET /openapi.json, made when it is asked for first."""
+    made: list[bytes] = []
 
     async def openapi(call: Call) -> HTTPResponse:
-        return HTTPResponse(body, content_type="application/json")
+        if not made:
+            made.append(dump(document(config)))
+        return HTTPResponse(made[0], content_type="application/json")
 
     ingress.get("/openapi.json", openapi)

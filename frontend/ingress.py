@@ -79,15 +79,18 @@ class Ingress:
                 self._decorate(call, response)
                 call.status = response.status
                 self._finish(call, path, quiet)
+                if call.unread:
+                    await (await http.respond(response)).send(end_stream=True)
+                    await call.linger()
+                    return None
             return response
 
-        self._app.add_route(enter, path, methods=methods, name=path.strip("/").replace("/", "_") or "root", stream=True)
+        name = path.strip("/").replace("/", "_")
+        self._app.add_route(enter, path, methods=methods, name=name, stream=True, error_format="json")
 
-    def answer(self, call: Call, error: Exception) -> HTTPResponse:
+    def answer(self, call: Call, error: BaseException) -> HTTPResponse:
         """The error response for anything that was raised."""
-        if not isinstance(error, QuartetError):
-            log.error("request %s failed unexpectedly", call.request_id, exc_info=error)
-            error = QuartetError("internal_error", "The server failed to process the request.")
+        error = _translate(error)
         response = HTTPResponse(error_body(error), status=error.status, content_type="application/json")
         if error.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"

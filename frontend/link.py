@@ -105,4 +105,5 @@ class Link:
 
 def watch(context: Context) -> BeaconWatcher:
     """Beacons of all stages, ourselves included (for /metrics), and of the launcher."""
-    return BeaconWatcher(context.zmq_context, context.config, [*context.config.members(), (Kind.LAUNCHER, 0)], metrics=True)
+    members = [*context.config.members(), (Kind.LAUNCHER, 0)]
+    return BeaconWatcher(context.zmq_context, context.config, members, metrics=True)

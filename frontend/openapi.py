@@ -1,4 +1,4 @@
-"""/openapi.json, made from the schemas that validate. Run by the frontend, once at start."""
+"""/openapi.json, made from the schemas that validate. Run by the frontend, once."""
 from __future__ import annotations
 
 from typing import Any, Literal

@@ -6,6 +6,7 @@ its own, no environment variables. Run by the frontend; holds what handlers shar
 from __future__ import annotations
 
 import hashlib
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ from frontend.admission import Admission
 from frontend.ingress import Ingress
 from frontend.keys import Hosts, Keys
 from frontend.metrics import FrontendMetrics
-from frontend.openapi import document
 from frontend.stages import Stages
 from frontend.table import RequestTable
 from pipeline import __version__
 from pipeline.config import ServerConfig
 from pipeline.messages import Kind, MetricFamily
+
+SEND_BUFFER = 128 * 1024         # bytes; the kernel doubles it
 
 
 @dataclass(slots=True)
@@ -66,8 +68,23 @@ def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any
     tokens.Tokens(frontend).register(ingress)
     info.Info(frontend).register(ingress)
     if http.enable_docs:
-        info.register_document(ingress, document(frontend.config))
+        info.register_document(ingress, frontend.config)
     return app, ingress
+
+
+def prepare(sock: socket.socket) -> None:
+    """Options of a listening socket that its connections inherit.
+
+    A peer that vanished is noticed within a minute, and the kernel keeps little for one that does not read: what waits
+    for a slow client waits in its request's buffer, where it is merged.
+    """
+    sock.setblocking(False)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3),
+                              (socket.TCP_USER_TIMEOUT, 60_000), (socket.TCP_NODELAY, 1)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def serve(app: Sanic[Any, Any], sock: Any) -> AsyncioServer:

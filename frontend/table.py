@@ -106,7 +106,7 @@ class RequestTable:
         if request.closed:
             return
         request.closed = True
-        if request.ended is None and not request.done:
+        if request.ended is None and (not request.done or reason is AbortReason.SLOW_CLIENT):
             request.ended = reason
         self._submissions.abort_all(request, reason)
         self._submissions.drop_all(request)

@@ -1,7 +1,7 @@
 """The real Sanic application on a real socket, with a pipeline of paper behind it that answers what prompts ask for.
 
-Prompts: "hang" is admitted and never answered, "fail CODE" fails, "say a|b|c" answers in these pieces, "count N" answers
-with N pieces, anything else answers "Hello", " there", "!". `step` decides when: by itself, or when a test says so.
+Prompts: "hang" is admitted and never answered, "fail CODE" fails, "say a|b|c" answers in these pieces, "count N" in N
+pieces, anything else answers "Hello", " there", "!". Answers come by themselves, or step by step when a test says so.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sanic import Sanic
 from frontend.admission import Admission
 from frontend.keys import Keys
 from frontend.metrics import FrontendMetrics
-from frontend.server import Frontend, build_app, serve
+from frontend.server import Frontend, build_app, prepare, serve
 from frontend.stages import Stages
 from frontend.table import RequestTable
 from pipeline.beacon import Heard
@@ -197,9 +197,10 @@ class Served:
 @asynccontextmanager
 async def served(**changes: Any) -> AsyncIterator[Served]:
     """Run a frontend in this loop; every request must be closed in the end."""
+    Sanic.test_mode = True                   # lets Sanic compile its protocol anew for each application
     server = Served(config(**changes))
     sock = socket.create_server(("127.0.0.1", 0))
-    sock.setblocking(False)
+    prepare(sock)
     server.port = sock.getsockname()[1]
     running = await serve(server.app, sock)
     try:

@@ -86,8 +86,9 @@ def test_everything_is_carried() -> None:
     ask = complete(
         temperature=0.5, top_p=0.25, top_k=7, min_p=0.5, seed=1, max_tokens=20, min_tokens=2, presence_penalty=-1,
         frequency_penalty=2, repetition_penalty=1.5, ignore_eos=True, stop_token_ids=[5, 6],
-        logit_bias={"7": 1.5, "8": -100}, logprobs=3, prompt_logprobs=0, stop=["a", "b"], include_stop_str_in_output=True,
-        skip_special_tokens=False, spaces_between_special_tokens=False, add_special_tokens=False,
+        logit_bias={"7": 1.5, "8": -100}, logprobs=3, prompt_logprobs=0, stop=["a", "b"],
+        include_stop_str_in_output=True, skip_special_tokens=False, spaces_between_special_tokens=False,
+        add_special_tokens=False,
         truncate_prompt_tokens=9, n=2, best_of=2, cache_salt="salt", return_token_ids=True,
         return_tokens_as_token_ids=True, echo=True)
     assert ask.spec.sampling == SamplingParams(
@@ -109,15 +110,15 @@ def test_streaming_options() -> None:
 
 
 @pytest.mark.parametrize("prompt, expected", [
-    ("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [pack_ids([1, 2])]), ([[1], [2, 3]], [pack_ids([1]), pack_ids([2, 3])]),
-    ("", [""])])
+    ("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [pack_ids([1, 2])]), ("", [""]),
+    ([[1], [2, 3]], [pack_ids([1]), pack_ids([2, 3])])])
 def test_prompt_forms(prompt: Any, expected: list[Any]) -> None:
     prompts = complete(prompt=prompt).spec.prompts
     assert [p.ids if p.text is None else p.text for p in prompts] == expected
 
 
-@pytest.mark.parametrize("prompt", [None, 5, [], [[]], [[1], []], ["a", 1], [1, "a"], [1.0], [True], [-1], [[1], "a"], {},
-                                    [[[1]]], ["a"] * 1025])
+@pytest.mark.parametrize("prompt", [None, 5, [], [[]], [[1], []], ["a", 1], [1, "a"], [1.0], [True], [-1], [[1], "a"],
+                                    {}, [[[1]]], ["a"] * 1025])
 def test_bad_prompts(prompt: Any) -> None:
     assert refused(complete, prompt=prompt).param == "prompt"
 
@@ -339,7 +340,8 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *REFUSED})), value=json_values)
+@given(name=st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *REFUSED})),
+       value=json_values)
 def test_no_value_of_any_field_is_more_than_a_refusal(name: str, value: Any) -> None:
     for call in (complete, chat):
         try:

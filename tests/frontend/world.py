@@ -1,4 +1,4 @@
-"""A pipeline of paper around a request table: a clock that tests turn, beacons that tests write, a sender that records."""
+"""A pipeline of paper around a request table: tests turn the clock, write the beacons, and read what was sent."""
 from __future__ import annotations
 
 from typing import Any

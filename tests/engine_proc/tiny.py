@@ -60,13 +60,13 @@ class Reference:
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation="eager").eval()
+        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0)    # no end of sequence
 
     @torch.inference_mode()
     def greedy(self, prompt: Ids[int], count: int) -> list[int]:
         out = self.model.generate(
             torch.tensor([list(prompt)]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            generation_config=transformers.GenerationConfig(
-                do_sample=False, max_new_tokens=count, min_new_tokens=count, pad_token_id=0, eos_token_id=None))
+            do_sample=False, max_new_tokens=count)
         return out[0, len(prompt):].tolist()
 
     def clear(self, lengths: Iterable[int], count: int, seed: int = 1) -> list[tuple[list[int], list[int]]]:

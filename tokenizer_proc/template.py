@@ -1,0 +1,126 @@
+"""One chat template: compiled once, asked how it wants message contents, rendered under limits of time and size.
+
+Run by the tokenizer. A template comes with a model or from its operator, and with an option from a request, so that it
+is somebody else's program: whatever it does ends as a 400 for its own request.
+"""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateSyntaxError
+
+from pipeline.errors import QuartetError
+from tokenizer_proc.dialect import TemplateRaised
+from tokenizer_proc.limits import DeadlinePassed, TooLarge, weigh, within
+from tokenizer_proc.sandbox import VALUE_LIMIT, BoundedEnvironment
+
+RENDER_S = 2.0
+SLACK = 64 * 1024                    # characters that a template may add whatever its messages
+MAX_TEMPLATE = 2**20
+MAX_INPUT = 64 * 2**20
+log = logging.getLogger(__name__)
+
+
+def failed(message: str) -> QuartetError:
+    return QuartetError("invalid_request", message, "messages")
+
+
+class ChatTemplate:
+    """`wants_parts`: message contents are lists of parts ("openai" format), not plain strings."""
+
+    __slots__ = ("source", "wants_parts", "_environment", "_template", "_seconds")
+
+    def __init__(self, source: str, seconds: float = RENDER_S) -> None:
+        """QuartetError when the text is no template."""
+        if len(source) > MAX_TEMPLATE:
+            raise failed(f"The chat template is longer than {MAX_TEMPLATE} characters.")
+        self.source, self._seconds = source, seconds
+        self._environment = BoundedEnvironment()
+        try:
+            tree = self._environment.parse(source)
+            self.wants_parts = wants_parts(tree)
+            self._template = within(seconds, lambda: self._environment.from_string(source))
+        except TemplateSyntaxError as error:
+            raise failed(f"The chat template has a syntax error in line {error.lineno}.") from None
+        except DeadlinePassed:
+            raise failed("The chat template takes too long to compile.") from None
+        except (Exception, RecursionError) as error:
+            log.warning("a chat template does not compile: %s", type(error).__name__)
+            raise failed("The chat template cannot be compiled.") from None
+
+    def mentions(self, word: str) -> bool:
+        return word in self.source
+
+    def render(self, variables: dict[str, Any], max_chars: int) -> str:
+        """The text, at most `max_chars` + SLACK + twice the characters of the variables long."""
+        try:
+            size = weigh(variables, MAX_INPUT)
+            self._environment.limit = max(VALUE_LIMIT, 4 * size)
+            return within(self._seconds, lambda: self._collect(variables, max_chars + SLACK + 2 * size))
+        except TemplateRaised as error:
+            raise failed(str(error.message) or "The chat template refuses these messages.") from None
+        except DeadlinePassed:
+            raise failed(f"The chat template took longer than {self._seconds:g} s.") from None
+        except TooLarge:
+            raise failed("The chat template makes more text than it may.") from None
+        except Exception as error:               # whatever Python can raise, from TypeError to RecursionError
+            log.info("a chat template failed: %s", type(error).__name__)
+            raise failed("The chat template of this model cannot render these messages.") from None
+
+    def _collect(self, variables: dict[str, Any], limit: int) -> str:
+        parts, size = [], 0
+        for part in self._template.root_render_func(self._template.new_context(variables)):
+            size += len(part)
+            if size > limit:
+                raise TooLarge
+            parts.append(part)
+        return "".join(parts)
+
+
+def wants_parts(tree: nodes.Template) -> bool:
+    """Whether a template loops over the content of a message, directly, through a variable or through a macro."""
+    names = _names_of_content(tree)
+    if any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For)):
+        return True
+    inside = {id(loop) for macro in tree.find_all(nodes.Macro) for loop in macro.find_all(nodes.For)}
+    return any(id(loop) not in inside and _is_content(loop.iter, {"content"}) for loop in tree.find_all(nodes.For))
+
+
+def _names_of_content(tree: nodes.Template) -> set[str]:
+    """Variables and macro parameters that hold a message's content."""
+    macros = {macro.name: [arg.name for arg in macro.args] for macro in tree.find_all(nodes.Macro)}
+    names: set[str] = set()
+    while True:
+        found = set(names)
+        for assign in tree.find_all(nodes.Assign):
+            if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
+                found.add(assign.target.name)
+        for call in tree.find_all(nodes.Call):
+            if isinstance(call.node, nodes.Name) and call.node.name in macros:
+                found.update(name for name, arg in _arguments(call, macros[call.node.name]) if _is_content(arg, names))
+        if found == names:
+            return names
+        names = found
+
+
+def _arguments(call: nodes.Call, parameters: list[str]) -> Iterator[tuple[str, nodes.Expr]]:
+    yield from zip(parameters, call.args)
+    yield from ((keyword.key, keyword.value) for keyword in call.kwargs)
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    """Whether an expression is a message's content, looked at through filters, tests and slices."""
+    while True:
+        if isinstance(node, (nodes.Filter, nodes.Test)):
+            node = node.node
+        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+            node = node.node
+        elif isinstance(node, nodes.Getitem):
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        elif isinstance(node, nodes.Getattr):
+            return bool(node.attr == "content")
+        else:
+            return isinstance(node, nodes.Name) and node.name in names

@@ -1,0 +1,274 @@
+"""The tokenizer stage: submissions in, prompts to the engines out, failures straight back to the frontend.
+
+Owns a bounded list of what waits, first come first served, one piece of work per turn, so that aborts are read between
+two encodings. Holds nothing of a request once its Add was taken. One request's failure, whatever it is, ends that
+request only; texts of users are never logged.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from pipeline.config import ModelConfig, ServerConfig
+from pipeline.errors import QuartetError, StartError
+from pipeline.ids import family, frontend_epoch, frontend_index, short_epoch
+from pipeline.messages import (
+    Abort,
+    Add,
+    Adds,
+    DetokenizeAnswer,
+    DetokenizeQuery,
+    Failed,
+    FailedItem,
+    Kind,
+    Load,
+    Submit,
+    TokenizeAnswer,
+    TokenizeQuery,
+    pack_ids,
+    unpack_ids,
+    unpack_rids,
+)
+from pipeline.transport import Address, Sender
+from tokenizer_proc.limits import DeadlinePassed
+from tokenizer_proc.load import TextModel
+from tokenizer_proc.prompt import PromptMaker
+
+MAX_PENDING = 4096
+MAX_PENDING_BYTES = 128 * 2**20
+MAX_UNSENT = 256                    # results that outboxes refused; with more, no new work is taken
+MAX_UNSENT_BYTES = 64 * 2**20
+RETRY_NS = 5_000_000                # how soon an outbox that was full is tried again
+Work = Submit | TokenizeQuery | DetokenizeQuery
+log = logging.getLogger(__name__)
+
+
+class TextModels:
+    """The tokenizer and templates of each model, loaded at first use; a failure is remembered."""
+
+    def __init__(self, config: ServerConfig, load: Callable[[ModelConfig], TextModel] = TextModel) -> None:
+        self._configs = config.models
+        self._load = load
+        self._known: dict[int, TextModel | StartError] = {}
+
+    def get(self, model: int) -> TextModel:
+        """StartError when the model's tokenizer cannot be read; IndexError for a model that does not exist."""
+        known = self._known.get(model)
+        if known is None:
+            try:
+                known = self._load(self._configs[model])
+            except StartError as error:
+                known = error
+            self._known[model] = known
+        if isinstance(known, StartError):
+            raise known
+        return known
+
+
+@dataclass(slots=True)
+class Unsent:
+    """A result that waits for room towards `to`."""
+
+    to: Address
+    message: Any
+    size: int
+
+
+class TokenizerWorker:
+    """Implements pipeline.transport.Logic."""
+
+    def __init__(self, config: ServerConfig, index: int, epoch: int, sender: Sender, registry: CollectorRegistry,
+                 models: TextModels | None = None) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"        # one text at a time: threads would only fight the engine
+        self._index, self._epoch, self._sender = index, epoch, sender
+        self._models = models or TextModels(config)
+        self._maker = PromptMaker(config.trust_request_chat_template, registry)
+        self._pending: dict[int, Work] = {}                   # rid -> work, in order of arrival
+        self._pending_bytes = 0
+        self._unsent: deque[Unsent] = deque()
+        self._unsent_bytes = 0
+        self._outcomes = Counter("quartet:tokenizer_requests", "Requests that were worked on, by outcome.", ["outcome"],
+                                 registry=registry)
+        self._dropped = Counter("quartet:tokenizer_dropped", "Messages that were dropped, by reason.", ["reason"],
+                                registry=registry)
+        Gauge("quartet:tokenizer_pending", "Requests that wait for the tokenizer.", registry=registry).set_function(
+            lambda: len(self._pending))
+
+    # ---- Logic ---------------------------------------------------------------------------------------------------
+
+    def handle(self, message: Any) -> None:
+        if isinstance(message, Abort):
+            rids = _rids(message)
+            for rid in rids:
+                self._forget(rid)
+            if self._unsent:
+                self._discard(lambda rid: rid in rids)
+        elif not isinstance(message, (Submit, TokenizeQuery, DetokenizeQuery)):
+            self._dropped.labels(reason="unexpected").inc()
+        elif self._epoch_of(message) != self._epoch:
+            self._dropped.labels(reason="old_epoch").inc()
+        elif message.rid in self._pending:
+            self._dropped.labels(reason="twice").inc()
+        else:
+            self._pending[message.rid] = message
+            self._pending_bytes += _size(message)
+
+    def turn(self) -> None:
+        """One piece of work, and what waits to be sent."""
+        if self._unsent:
+            self._retry()
+        if self.has_work():
+            rid = next(iter(self._pending))
+            work = self._forget(rid)
+            assert work is not None
+            self._work(work)
+
+    def has_work(self) -> bool:
+        return bool(self._pending) and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES
+
+    def accepting(self) -> bool:
+        return (len(self._pending) < MAX_PENDING and self._pending_bytes < MAX_PENDING_BYTES
+                and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES)
+
+    def next_timer_ns(self) -> int | None:
+        return time.monotonic_ns() + RETRY_NS if self._unsent else None
+
+    def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
+        if kind is Kind.FRONTEND:
+            short = short_epoch(epoch)
+            gone = [rid for rid in self._pending if frontend_index(rid) == index and frontend_epoch(rid) != short]
+            self._discard(lambda rid: frontend_index(rid) == index and frontend_epoch(rid) != short)
+        elif kind is Kind.ENGINE:
+            gone = [rid for rid, work in self._pending.items() if isinstance(work, Submit)
+                    and work.route.engine == index and work.route.engine_epoch < epoch]
+            self._discard(lambda rid: False, Address(Kind.ENGINE, index), epoch)
+        else:
+            return
+        for rid in gone:
+            self._forget(rid)
+
+    def load(self) -> Load:
+        return Load(waiting=len(self._pending), outstanding_bytes=self._pending_bytes)
+
+    # ---- work ----------------------------------------------------------------------------------------------------
+
+    def _work(self, work: Work) -> None:
+        """Everything that can go wrong with one request ends here."""
+        try:
+            to, message, size = self._result(work)
+        except QuartetError as error:
+            self._fail(work.rid, error.code, error.message, error.param)
+        except StartError as error:
+            log.error("request %x: %s", work.rid, error.message)
+            self._fail(work.rid, "internal_error", "The tokenizer of this model cannot be loaded.")
+        except (Exception, DeadlinePassed) as error:
+            where = error.__traceback__
+            while where is not None and where.tb_next is not None:
+                where = where.tb_next
+            place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where is not None else "nowhere"
+            log.error("request %x: %s at %s", work.rid, type(error).__name__, place)
+            self._fail(work.rid, "internal_error", "The server failed to tokenize this request.")
+        else:
+            self._outcomes.labels(outcome="ok").inc()
+            self._send(to, message, size)
+
+    def _result(self, work: Work) -> tuple[Address, Any, int]:
+        """Where the result goes, the result, and about how large it is."""
+        if isinstance(work, Submit):
+            ids = work.ids
+            if work.deadline_ns and time.monotonic_ns() > work.deadline_ns:
+                raise QuartetError("timeout", "The request waited longer than its deadline allows.")
+            if not (work.history and ids):    # a continuation was checked when it was new
+                ids = pack_ids(self._maker.prompt_ids(self._models.get(work.model), work))
+            add = Add(work.rid, work.route, work.n, work.choice, ids, work.history, work.sampling, work.detok,
+                      work.deadline_ns, work.priority, work.salt, work.alone)
+            return Address(Kind.ENGINE, work.route.engine), Adds([add]), len(ids) + len(work.history) + 200
+        model, to = self._models.get(work.model), Address(Kind.FRONTEND, frontend_index(work.rid))
+        if isinstance(work, TokenizeQuery):
+            numbers = self._maker.query_ids(model, work)
+            strings = [model.tokenizer.id_to_token(i) or "" for i in numbers] if work.want_strings else None
+            return to, TokenizeAnswer(work.rid, pack_ids(numbers), strings), 12 * len(numbers)
+        numbers = unpack_ids(work.ids)
+        model.check_ids(numbers, "tokens")
+        text = model.tokenizer.decode(list(numbers), skip_special_tokens=False)
+        return to, DetokenizeAnswer(work.rid, text), len(text)
+
+    def _fail(self, rid: int, code: str, message: str, param: str | None = None) -> None:
+        self._outcomes.labels(outcome=code).inc()
+        self._send(Address(Kind.FRONTEND, frontend_index(rid)),
+                   Failed(Kind.TOKENIZER, self._index, self._epoch, [FailedItem(rid, code, message, param)]), 200)
+
+    def _epoch_of(self, work: Work) -> int:
+        return work.route.tokenizer_epoch if isinstance(work, Submit) else work.tokenizer_epoch
+
+    def _forget(self, rid: int) -> Work | None:
+        """Take work off the list; None when it is not there, which is normal for an abort."""
+        work = self._pending.pop(rid, None)
+        if work is not None:
+            self._pending_bytes -= _size(work)
+        return work
+
+    # ---- sending -------------------------------------------------------------------------------------------------
+
+    def _send(self, to: Address, message: Any, size: int) -> None:
+        """Keeps what is refused, in order for each destination."""
+        if any(entry.to == to for entry in self._unsent) or not self._sender.send(to, message):
+            self._unsent.append(Unsent(to, message, size))
+            self._unsent_bytes += size
+
+    def _retry(self) -> None:
+        refused: set[Address] = set()
+        kept: deque[Unsent] = deque()
+        for entry in self._unsent:
+            if entry.to in refused or not self._sender.send(entry.to, entry.message):
+                refused.add(entry.to)
+                kept.append(entry)
+        self._keep(kept)
+
+    def _discard(self, gone: Callable[[int], bool], engine: Address | None = None, engine_epoch: int = 0) -> None:
+        """Drop results whose request, or whose engine, is gone."""
+        self._keep(deque(entry for entry in self._unsent if not (
+            gone(_rid_of(entry.message)) or (
+                entry.to == engine and entry.message.items[0].route.engine_epoch < engine_epoch))))
+
+    def _keep(self, entries: deque[Unsent]) -> None:
+        self._unsent = entries
+        self._unsent_bytes = sum(entry.size for entry in entries)
+
+    def assert_invariants(self) -> None:
+        """Called by tests after each step."""
+        assert self._pending_bytes == sum(_size(work) for work in self._pending.values()) >= 0
+        assert self._unsent_bytes == sum(entry.size for entry in self._unsent)
+        assert all(rid == work.rid for rid, work in self._pending.items())
+
+
+def _rids(message: Abort) -> set[int]:
+    """The submissions that an Abort names; a child's abort leaves its siblings, so the engine applies it alone."""
+    try:
+        return {rid for rid in unpack_rids(message.rids) if rid == family(rid)}
+    except ValueError:                        # no whole ids
+        return set()
+
+
+def _rid_of(message: Any) -> int:
+    """The request that a result is for."""
+    return int(message.items[0].rid if isinstance(message, (Adds, Failed)) else message.rid)
+
+
+def _size(work: Work) -> int:
+    """About the bytes that `work` holds."""
+    if isinstance(work, DetokenizeQuery):
+        return 200 + len(work.ids)
+    size = 500 + len(work.text or "")
+    if work.chat is not None:
+        chat = work.chat
+        size += len(chat.messages_json) + len(chat.tools_json) + len(chat.kwargs_json) + len(chat.documents_json)
+        size += len(chat.template or "")
+    return size + (len(work.ids) + len(work.history) if isinstance(work, Submit) else 0)

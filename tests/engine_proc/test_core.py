@@ -142,8 +142,7 @@ def test_the_context_length_ends_a_text(depth: int) -> None:
 def test_a_stop_string_ends_the_sequence_and_its_closing_record_is_empty(depth: int) -> None:
     world = World(depth)
     rid = world.submit(range(10), max_tokens=50, ignore_eos=True)
-    while len(world.detoks[0].open.get(rid, _NOTHING).ids) < 4:
-        world.turn()
+    world.turn(4 + depth)
     world.engine.handle(StopHit(rid, 3))
     world.run()
     entry = world.outcome(rid)
@@ -152,10 +151,6 @@ def test_a_stop_string_ends_the_sequence_and_its_closing_record_is_empty(depth: 
     assert len(entry.ids) <= 4 + depth
     world.engine.handle(StopHit(rid, 3))
     assert world.dropped("unknown_stop") == 1
-
-
-class _NOTHING:
-    ids: list[int] = []
 
 
 # ---- continuations -----------------------------------------------------------------------------------------------
@@ -477,6 +472,23 @@ def test_a_stuck_detokenizer_s_choices_end_and_memory_stays_bounded() -> None:
     world.run()
     assert world.outcome(stuck).finish is Finish.ABORT
     assert world.outcome(stuck).ids == world.expected(stuck)[0][:len(world.outcome(stuck).ids)]
+
+
+def test_nothing_is_opened_at_a_stuck_detokenizer() -> None:
+    world = World(max_pending=300)
+    world.refusing = {DETOK}
+    for _ in range(40):
+        world.submit([1], max_tokens=0)
+        world.now += 5_000_000
+        world.turn()
+    waiting = next(iter(world.engine.outputs._detoks.values()))
+    assert waiting.stuck and waiting.size < 600
+    world.refusing.clear()
+    world.now += 5_000_000
+    world.run()
+    later = world.submit([1], max_tokens=0)
+    world.run()
+    assert world.output(later) == ([], Finish.LENGTH)
 
 
 def test_a_stuck_frontend_s_requests_end() -> None:

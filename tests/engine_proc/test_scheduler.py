@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from engine_proc.request import Sequence
 from engine_proc.scheduler import Scheduler
 from pipeline.errors import QuartetError
 from pipeline.messages import Finish
-from tests.engine_proc.harness import KvRunner, alone, engine_config, make_seq
+from tests.engine_proc.harness import EOS, KvRunner, alone, engine_config, make_seq
 
 
 class Bench:
@@ -48,6 +49,14 @@ class Bench:
     def check(self) -> None:
         dying = {id(i.seq): i.seq for plan, _ in self.in_flight for i in plan.items if i.seq.finish}
         self.scheduler.assert_invariants(list(dying.values()))
+
+    def until(self, reached: Callable[[], object], limit: int = 200) -> None:
+        """Turn until `reached()`."""
+        for _ in range(limit):
+            if reached():
+                return
+            self.turn()
+        raise AssertionError("never reached")
 
     def run(self, limit: int = 2000) -> None:
         """Turn until nothing is left, and nothing is held."""
@@ -154,6 +163,17 @@ def test_an_alone_sequence_has_no_neighbour(depth: int) -> None:
         rids = {item.seq.rid for item in plan.items}
         assert 2 not in rids or rids == {2}
     assert [seq.rid for seq in bench.ended] == [1, 2, 3]
+
+
+def test_an_alone_sequence_waits_for_the_surplus_step_of_one_that_ended() -> None:
+    """The engine may die of either: only the one in the step is to be blamed."""
+    bench = Bench(depth=1)
+    first, last = make_seq(1, [5, 6], max_tokens=9), make_seq(2, [7, 8], max_tokens=2, alone=True)
+    first.stops = frozenset(alone(first)[0][1:2])
+    bench.add(first, last)
+    bench.until(lambda: last.num_in_flight)
+    assert bench.in_flight[0][0].items[0].seq is last
+    bench.run()
 
 
 # ---- the prefix cache --------------------------------------------------------------------------------------------
@@ -279,6 +299,28 @@ def test_the_lowest_priority_is_preempted_first() -> None:
     assert [seq.rid for seq in bench.ended] == [2, 1]
 
 
+def test_a_prompt_waits_while_the_running_ones_may_need_its_blocks_next() -> None:
+    bench = Bench(num_kv_blocks=5)
+    running, waiting = make_seq(1, range(4), max_tokens=5, ignore_eos=True), make_seq(2, range(50, 61), max_tokens=1)
+    bench.add(running)
+    bench.turn()
+    bench.add(waiting)
+    assert bench.pool.num_free == 3 and shape(bench.turn()) == [(1, 4, 1)], "it needs three, and one is kept"
+    bench.run()
+    assert waiting.preemptions == 0 and outputs(waiting) == alone(waiting)
+
+
+def test_one_step_ahead_the_newer_pause_so_that_an_older_one_gets_its_block() -> None:
+    bench = Bench(depth=1, num_kv_blocks=6, enable_prefix_caching=False)
+    older, newer = (make_seq(1, range(6), max_tokens=11, ignore_eos=True),
+                    make_seq(2, range(9, 17), max_tokens=11, ignore_eos=True))
+    bench.add(older, newer)
+    bench.until(lambda: newer.preemptions)
+    assert older.num_computed == 8 and len(newer.tokens) == 11, "it did not run on to the end of its own block"
+    bench.run()
+    assert [outputs(seq) for seq in (older, newer)] == [alone(seq) for seq in (older, newer)]
+
+
 def test_a_sequence_that_fills_the_whole_pool_ends_by_length(depth: int) -> None:
     bench = Bench(depth, num_kv_blocks=4)
     seq = make_seq(1, range(5), max_tokens=1000, ignore_eos=True)
@@ -288,6 +330,22 @@ def test_a_sequence_that_fills_the_whole_pool_ends_by_length(depth: int) -> None
 
 
 # ---- endings -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("output", "values", "finish", "stop_id"), [
+    ([9, EOS], {}, Finish.EOS, None),
+    ([9, EOS], {"ignore_eos": True}, Finish.RUNNING, None),
+    ([9, EOS], {"ignore_eos": True, "stop_ids": [EOS]}, Finish.STOP_ID, EOS),
+    ([9, 7], {"stop_ids": [7]}, Finish.STOP_ID, 7),
+    ([9, 7], {"stop_ids": [7], "min_tokens": 2}, Finish.RUNNING, None),
+    ([9, 7], {"stop_ids": [7], "min_tokens": 1}, Finish.STOP_ID, 7),
+    ([9, 7], {"stop_ids": [7], "max_tokens": 2}, Finish.STOP_ID, 7),
+    ([9, 8], {"stop_ids": [7], "max_tokens": 2}, Finish.LENGTH, None),
+])
+def test_the_newest_id_decides(output: list[int], values: dict[str, Any], finish: Finish, stop_id: int | None) -> None:
+    seq = make_seq(1, [3, 4], **values)
+    seq.tokens.extend(output)
+    assert (seq.verdict(), seq.stop_id) == (finish, stop_id)
+
 
 def test_a_mark_on_a_waiting_sequence_acts_at_once() -> None:
     bench = Bench(max_num_seqs=1)

@@ -45,7 +45,7 @@ class Run:
         return until(lambda: next(iter(self.root.glob("quartet-*/config.json")), None), 10, "the run directory").parent
 
     def ready(self) -> Run:
-        until(lambda: "Ready in" in self.text or self.process.poll() is not None, 20, "ready")
+        until(lambda: "Ready in" in self.text or self.process.poll() is not None, 40, "ready")
         assert self.process.poll() is None, self.text
         return self
 
@@ -62,7 +62,7 @@ class Run:
                 found[f"{words[3].lower()}.{index}"] = (pid, int(epoch))
         return found
 
-    def ended(self, seconds: float = 15) -> int:
+    def ended(self, seconds: float = 30) -> int:
         """The exit code; nothing of the run may be left."""
         code = self.process.wait(seconds)
         assert not list(self.root.glob("quartet-*")), "the run directory is gone"
@@ -113,7 +113,7 @@ def test_a_stage_that_dies_is_started_again_with_the_next_epoch(start) -> None:
     for name in NAMES:
         os.kill(before[name][0], signal.SIGKILL)
     for name in NAMES:
-        until(lambda name=name: f"{name} is ready again" in run.text, 10, f"{name} ready again")
+        until(lambda name=name: f"{name} is ready again" in run.text, 20, f"{name} ready again")
         assert f"{name} ended (signal SIGKILL) and is started again." in run.text
     assert {name: epoch for name, (_, epoch) in run.stages().items()} == dict.fromkeys(NAMES, 2)
     assert run.stop() == 0
@@ -125,7 +125,7 @@ def test_connections_wait_while_the_frontend_restarts_and_the_others_go_on(start
     before = run.stages()
     os.kill(before["frontend.0"][0], signal.SIGKILL)
     with socket.create_connection(("127.0.0.1", port), timeout=2):
-        until(lambda: "frontend.0 is ready again" in run.text, 10)
+        until(lambda: "frontend.0 is ready again" in run.text, 20)
     after = run.stages()
     assert {name: after[name] for name in NAMES[1:]} == {name: before[name] for name in NAMES[1:]}
     assert run.stop() == 0
@@ -151,12 +151,12 @@ def test_the_death_of_the_launcher_takes_every_stage_along(start) -> None:
     assert len(processes_of(run_dir)) == 4
     run.process.kill()
     run.process.wait()
-    until(lambda: not processes_of(run_dir), 2, "all stages gone")
+    until(lambda: not processes_of(run_dir), 5, "all stages gone")
 
 
 def test_a_loop_with_work_that_does_not_turn_is_aborted_with_its_stacks_and_replaced(start) -> None:
     run = start({"engine.0": {"mode": "hang", "epochs": 1}}, timeouts={"hang_s": 1.0}).ready()
-    until(lambda: "engine.0 is ready again" in run.text, 15, "replaced")
+    until(lambda: "engine.0 is ready again" in run.text, 20, "replaced")
     assert run.stages()["engine.0"][1] == 2
     assert "engine.0 has work and its loop has not turned: it is replaced." in run.text
     assert "signal SIGABRT" in run.text
@@ -167,7 +167,7 @@ def test_a_loop_with_work_that_does_not_turn_is_aborted_with_its_stacks_and_repl
 def test_a_stage_that_stands_still_is_killed_and_replaced(start) -> None:
     run = start(timeouts={"hang_s": 1.0}).ready()
     os.kill(run.stages()["tokenizer.0"][0], signal.SIGSTOP)
-    until(lambda: "tokenizer.0 is ready again" in run.text, 15, "replaced")
+    until(lambda: "tokenizer.0 is ready again" in run.text, 20, "replaced")
     assert "tokenizer.0 has given no sign of life: it is replaced." in run.text
     assert run.stop() == 0
 
@@ -188,18 +188,18 @@ def test_a_launcher_that_was_stopped_itself_takes_nobody_for_silent(start) -> No
 
 def test_sigterm_while_loading_ends_at_once(start) -> None:
     run = start({"engine.0": {"mode": "load"}})
-    until(lambda: "engine.0: loading weights" in run.text, 10, "loading")
+    until(lambda: "engine.0: loading weights" in run.text, 20, "loading")
     run.process.send_signal(signal.SIGTERM)
-    assert run.ended(3) == 0
+    assert run.ended(10) == 0
 
 
 def test_a_second_signal_means_now(start) -> None:
     run = start({"frontend.0": {"mode": "deaf"}}, timeouts={"shutdown_s": 60.0}).ready()
     run.process.send_signal(signal.SIGINT)
-    until(lambda: "frontend.0 stop" in run.notes(), 5, "the frontend was told")
+    until(lambda: "frontend.0 stop" in run.notes(), 10, "the frontend was told")
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
-    assert run.ended(3) == 0
+    assert run.ended(10) == 0
     assert run.notes() == ["frontend.0 stop"]
 
 
@@ -214,14 +214,14 @@ def test_sighup_reaches_the_frontends_and_stops_nothing(start) -> None:
     run = start(frontends=2).ready()
     before = run.stages()
     run.process.send_signal(signal.SIGHUP)
-    until(lambda: sorted(run.notes()) == ["frontend.0 hangup", "frontend.1 hangup"], 5, "both frontends told")
+    until(lambda: sorted(run.notes()) == ["frontend.0 hangup", "frontend.1 hangup"], 10, "both frontends told")
     assert run.stages() == before
     assert run.stop() == 0
 
 
 def test_with_two_models_only_the_one_in_a_crash_loop_is_given_up(start) -> None:
     run = start({"engine.1": {"exit": 9}}, models=["good", "bad"]).ready()
-    until(lambda: "its model is given up" in run.text, 15)
+    until(lambda: "its model is given up" in run.text, 30)
     assert set(run.stages()) == set(NAMES)
     context = sockets.context()
     watcher = BeaconWatcher(context, load(run.run_dir / "config.json"), [(Kind.LAUNCHER, 0)])

@@ -12,8 +12,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import uvloop
+from sanic.http import Stage
 from sanic.server import AsyncioServer
 
 from frontend.admission import Admission
@@ -79,21 +81,23 @@ class Process:
         self._context.status.state, self._context.status.phase = State.DRAINING, "draining"
         self._context.publisher.announce()
         log.info("draining %d requests", len(self._table))
-        await self._until_idle(server, timeouts.shutdown_s)
+        await self._until(lambda: self._idle(server), timeouts.shutdown_s)
         self._table.fail_all(QuartetError("draining", "The server was shut down before the request ended."))
-        await self._until_idle(server, LAST_WORDS_S)
+        await self._until(lambda: self._idle(server), LAST_WORDS_S)
         server.close()
         for connection in list(server.connections):
-            connection.abort()
+            connection.close()
+        await self._until(lambda: not server.connections, LAST_WORDS_S)       # what is written may still be on its way
 
-    async def _until_idle(self, server: AsyncioServer, seconds: float) -> None:
-        """Wait until no request is open and no answer is being written, a second SIGTERM, or the time is up."""
+    def _idle(self, server: AsyncioServer) -> bool:
+        """No request is open and no call is being read or answered. Kept-alive connections do not count."""
+        return not len(self._table) and all(
+            connection.http is None or connection.http.stage is Stage.IDLE for connection in server.connections)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for the condition, a second SIGTERM, or the end of the time."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and not self._now.is_set():
-            for connection in list(server.connections):
-                connection.close_if_idle()
-            if not len(self._table) and not server.connections:
-                return
+        while not condition() and time.monotonic() < deadline and not self._now.is_set():
             await asyncio.sleep(DRAIN_POLL_S)
 
     def _terminate(self) -> None:

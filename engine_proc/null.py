@@ -5,7 +5,7 @@ pre-emption and continuation cannot change a text. `null_script` is a mode and o
 
     echo            repeats the prompt's ids, cyclically
     count           the last id plus one, modulo the vocabulary
-    hash            a hash of the last four ids, the seed and the choice (the default)
+    hash            a hash of the last four ids and, unless greedy, the seed and the choice (the default)
     eos_after=N     the output id number N (from 0) is the end of sequence
 """
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Script:
         elif self.mode == "count":
             token = (ids[-1] + 1) % vocab_size
         else:
-            state = seq.sampling.seed.to_bytes(8, "little") + bytes([seq.choice])
+            state = b"" if seq.sampling.greedy else seq.sampling.seed.to_bytes(8, "little") + bytes([seq.choice])
             token = crc32(b"".join(i.to_bytes(4, "little") for i in ids[-WINDOW:]), crc32(state)) % vocab_size
         while token == seq.eos_id or (token in seq.stops and not may_end):     # eos_after alone ends a sequence
             token = (token + 1) % vocab_size

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -53,23 +54,30 @@ BAD = [
 ]
 
 
+@pytest.fixture(scope="module")
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=60) as client:
+        yield client
+
+
 def assert_openai_error(answer: httpx.Response, status: int, param: str | None) -> None:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) >= {"message", "type", "param", "code"}
     assert error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
     if param is not None:
-        assert error["param"] == param, error
+        assert (error["param"] or "").split(".")[0].split("[")[0] == param, error
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body", "status", "param"), BAD)
-def test_bad_values_are_refused_by_name(null: Server, path: str, body: dict, status: int, param: str, stream: bool) -> None:
+def test_bad_values_are_refused_by_name(
+        null: Server, http: httpx.Client, path: str, body: dict, status: int, param: str, stream: bool) -> None:
     if stream and path.startswith("/v1"):
         body = {**body, "stream": True}
         if "stream_options" in body:
             return                                         # allowed then
-    assert_openai_error(httpx.post(null.url + path, json=body, timeout=30), status, param)
+    assert_openai_error(http.post(null.url + path, json=body), status, param)
 
 
 @pytest.mark.parametrize(("content", "headers", "status"), [
@@ -110,23 +118,23 @@ def test_request_ids_come_back_and_are_never_a_header_split(null: Server) -> Non
         assert httpx.get(null.url + "/v1/models", headers={"x-request-id": bad}).headers["x-request-id"] != bad
 
 
-def test_bad_requests_do_not_disturb_a_neighbour(null: Server) -> None:
+def test_bad_requests_do_not_disturb_a_neighbour(null: Server, http: httpx.Client) -> None:
     body = {"model": "null", "prompt": "neighbour", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
 
     def text() -> str:
-        return httpx.post(null.url + "/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        return http.post(null.url + "/v1/completions", json=body).json()["choices"][0]["text"]
     alone = text()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         neighbour = pool.submit(text)
-        list(pool.map(lambda case: httpx.post(null.url + case[0], json=case[1], timeout=30), BAD * 3))
+        list(pool.map(lambda case: http.post(null.url + case[0], json=case[1]), BAD * 3))
         assert neighbour.result() == alone
 
 
-def test_fifty_requests_with_one_id_get_their_own_answers(null: Server) -> None:
-    def ask(number: int) -> tuple[str, str]:
+def test_fifty_requests_with_one_id_get_their_own_answers(null: Server, http: httpx.Client) -> None:
+    def ask(number: int) -> str:
         body = {"model": "null", "prompt": f"prompt {number}", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-        return (httpx.post(null.url + "/v1/completions", json=body, headers={"x-request-id": "same"}, timeout=60)
-                .json()["choices"][0]["text"])
+        answer = http.post(null.url + "/v1/completions", json=body, headers={"x-request-id": "same"})
+        return answer.json()["choices"][0]["text"]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(50)))
     assert together == [ask(number) for number in range(50)]

@@ -7,6 +7,7 @@ owners makes it fail at once.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 from typing import Any
@@ -78,7 +79,7 @@ class KvRunner(NullRunner):
         self.launch_errors: list[Exception | None] = []     # for the next launches, in turn
         self.collect_errors: list[Exception | None] = []
         self.plans: list[StepPlan] = []
-        self.in_flight = 0
+        self.in_flight: deque[StepPlan] = deque()
 
     def admit(self, seq: Sequence) -> None:
         if seq.rid in self.refuse:
@@ -97,8 +98,10 @@ class KvRunner(NullRunner):
         if error is not None:
             raise error
         self.plans.append(plan)
-        self.in_flight += 1
-        assert self.in_flight <= self.depth + 1
+        self.in_flight.append(plan)
+        assert len(self.in_flight) <= self.depth + 1
+        together = {item.seq for step in self.in_flight for item in step.items}
+        assert len(together) == 1 or not any(item.seq.alone for item in plan.items), "alone means alone"
         assert 0 < plan.num_tokens <= self.max_step_tokens
         counts = [item.count for item in plan.items]
         assert counts == [c for c in counts if c == 1] + [c for c in counts if c > 1], "single tokens come first"
@@ -112,7 +115,7 @@ class KvRunner(NullRunner):
         return super().launch(plan)
 
     def collect(self, handle: object) -> list[ItemResult]:
-        self.in_flight -= 1
+        self.in_flight.popleft()
         error = self.collect_errors.pop(0) if self.collect_errors else None
         if error is not None:
             raise error

@@ -14,6 +14,7 @@ from pipeline.errors import StartError
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import Source
+    from pipeline.config import ServerConfig
     from pipeline.settings import Settings
     from pipeline.terminal import Terminal
 
@@ -75,7 +76,7 @@ def make_keys(arguments: Sequence[str]) -> int:
     return exits.OK
 
 
-def serve(arguments: Sequence[str]) -> int:
+def serve(arguments: list[str]) -> int:
     """``quartet serve``: resolve the settings; then print them, check them, or serve."""
     import time
     started_ns = time.monotonic_ns()
@@ -95,17 +96,20 @@ def serve(arguments: Sequence[str]) -> int:
     from pipeline.terminal import Terminal
     terminal = Terminal()
     try:
-        return _run(settings, source, terminal, started_ns)
+        return _run(settings, source, terminal, started_ns, arguments)
     except Stopped:
         return exits.OK
     finally:
         terminal.close()
 
 
-def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int) -> int:
+def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int, arguments: Sequence[str]) -> int:
     """Bind, prepare, and launch; or, with --check, prepare and describe."""
+    import dataclasses
+
     from pipeline import assemble, config, listen, preparation, rundir
     from pipeline.launcher import Launcher
+    from pipeline.settings import resolve
     from pipeline.signals import Signals
     parent, prefix = rundir.parent_of_runs(settings["run_dir"], os.environ)
     with (Signals() as signals,
@@ -126,4 +130,9 @@ def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int
         resolved = assemble.server_config(settings, model, run_dir=run.path, log_dir=log_dir, port=listeners.port,
                                           started_ns=started_ns)
         config.save(resolved, run.path / "config.json")
-        return Launcher(resolved, run.path / "config.json", listeners, terminal, signals).run()
+
+        def reload(old: ServerConfig) -> ServerConfig:
+            """On SIGHUP: the log level as the YAML file has it now. Keys are read by the frontends themselves."""
+            return dataclasses.replace(old, log_level=resolve(arguments, os.environ)["log_level"])
+
+        return Launcher(resolved, run.path / "config.json", listeners, terminal, signals, reload=reload).run()

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from pipeline import banner, sockets
 from pipeline.beacon import BeaconPublisher, BeaconWatcher
-from pipeline.config import ServerConfig
+from pipeline.config import ServerConfig, save
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG, CRASH_LOOP, MEMORY, MODEL_LOAD, OK
 from pipeline.listen import Listeners
@@ -52,9 +52,12 @@ class Launcher:
     """Runs the stages of `config` until a signal or a failure; `run` may be called once."""
 
     def __init__(self, config: ServerConfig, config_path: Path, listeners: Listeners, terminal: Terminal,
-                 signals: Signals, command: Command = stage_command) -> None:
+                 signals: Signals, command: Command = stage_command,
+                 reload: Callable[[ServerConfig], ServerConfig] | None = None) -> None:
+        """`reload` gives what of the configuration changes on SIGHUP; StartError where it cannot be read."""
         self._config, self._config_path = config, config_path
         self._listeners, self._terminal, self._signals, self._command = listeners, terminal, signals, command
+        self._reload = reload
         self._lives = {member: Life(*member, max_deaths=config.timeouts.crash_deaths) for member in config.members()}
         self._children: dict[tuple[Kind, int], Child] = {}
         self._phases: dict[tuple[Kind, int], str] = {}
@@ -216,6 +219,12 @@ class Launcher:
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
+            if self._reload is not None:
+                try:
+                    self._config = self._reload(self._config)
+                    save(self._config, self._config_path)
+                except StartError as error:
+                    self._terminal.line(f"SIGHUP: the configuration stays as it is: {error.message}")
             for (kind, _), child in self._children.items():
                 if kind is Kind.FRONTEND:
                     child.signal(signal.SIGHUP)

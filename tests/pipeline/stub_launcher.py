@@ -1,6 +1,7 @@
 """``quartet serve`` with stub stages: what pipeline.cli does after the model is prepared, without a model."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -34,7 +35,8 @@ def main() -> int:
                 launcher_pid=os.getpid(), started_ns=time.monotonic_ns(),
                 timeouts=TimeoutsConfig(**{"shutdown_s": 5.0, **options.get("timeouts", {})}))
             save(config, run.path / "config.json")
-            return Launcher(config, run.path / "config.json", listeners, terminal, signals, command).run()
+            return Launcher(config, run.path / "config.json", listeners, terminal, signals, command,
+                            lambda old: dataclasses.replace(old, log_level="DEBUG")).run()
     except StartError as error:
         terminal.line(f"quartet: {error.message}")
         return error.exit_code

@@ -216,6 +216,7 @@ def test_sighup_reaches_the_frontends_and_stops_nothing(start) -> None:
     run.process.send_signal(signal.SIGHUP)
     until(lambda: sorted(run.notes()) == ["frontend.0 hangup", "frontend.1 hangup"], 10, "both frontends told")
     assert run.stages() == before
+    assert load(run.run_dir / "config.json").log_level == "DEBUG", "what the frontends read again"
     assert run.stop() == 0
 
 

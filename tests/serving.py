@@ -48,6 +48,16 @@ def processes_of(run_dir: str) -> dict[int, str]:
     return found
 
 
+def _arguments_below(pid: int) -> list[str]:
+    """The command line arguments of the children of a process."""
+    found: list[str] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                found += Path(f"/proc/{child}/cmdline").read_text().split("\0")
+    return found
+
+
 def shm_entries() -> set[str]:
     return {p.name for p in SHM.iterdir()} if SHM.exists() else set()
 
@@ -74,7 +84,8 @@ class Server:
         threading.Thread(target=self._read, daemon=True).start()
         until(lambda: self._banner() or self.process.poll() is not None, self._ready_s, "the banner")
         assert self.process.poll() is None, "\n".join(self.lines)
-        self.run_dir = str(next(p for p in self.root.iterdir() if p.name.startswith("quartet-")))
+        config = next(p for p in map(Path, _arguments_below(self.process.pid)) if p.name == "config.json")
+        self.run_dir = str(config.parent)
         return self
 
     def _read(self) -> None:

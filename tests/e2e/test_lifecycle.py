@@ -130,7 +130,8 @@ def test_a_second_signal_means_now() -> None:
     server = null_server("--shutdown-timeout", "60", env={"QUARTET_NULL_STEP": "0.05"}).start()
     with httpx.stream("POST", server.url + "/v1/completions", timeout=60, json={
             "model": "null", "prompt": "hello", "max_tokens": 2000, "stream": True, "ignore_eos": True}) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()                                        # kept: its end would close the stream
+        next(lines)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.get("/ready")[0] == 503 if server.process.poll() is None else True, 10, "draining")
         server.process.send_signal(signal.SIGTERM)

@@ -20,6 +20,7 @@ from pipeline.config import ServerConfig
 from pipeline.errors import StartError
 from pipeline.ids import frontend_epoch, frontend_index, short_epoch
 from pipeline.messages import Deltas, Failed, FailedItem, Finish, Kind, Load, Open, StepOut, StopHit, TokenOut
+from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 
 RETRY_NS = 5_000_000                # how soon an outbox that was full is tried again
@@ -75,8 +76,7 @@ class DetokWorker:
 
     def handle(self, message: Any) -> None:
         if not isinstance(message, StepOut):
-            self._dropped.labels(reason="unexpected").inc()
-            return
+            raise BadFrame("not for a detokenizer")
         known = self._engine_epochs.get(message.engine, -1)
         if message.detok_epoch != self._epoch or message.engine_epoch < known:
             self._dropped.labels(reason="old_epoch").inc()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pipeline.errors import QuartetError
 from pipeline.messages import Chat
 from tokenizer_proc.guard import Guard, Piece, strings, unused
-from tokenizer_proc.messages import normalise, parse, template_kwargs, wrong
+from tokenizer_proc.messages import normalise, parse, template_kwargs, text_chars, wrong
 from tokenizer_proc.template import ChatTemplate
 
 
@@ -43,7 +43,7 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
         "tools": tools or None, "documents": documents or None,
     }
     if not may_be_long:
-        model.check_chars(sum(map(len, strings(variables["messages"]))))
+        model.check_chars(text_chars(variables["messages"]))
     tag = ""
     if chat.continue_final_message:
         tag = unused(strings(variables), 1)

@@ -62,6 +62,12 @@ def normalise(data: bytes, *, wants_parts: bool, knows_developer: bool) -> list[
     return [_message(message, f"messages[{n}]", wants_parts, knows_developer) for n, message in enumerate(messages)]
 
 
+def text_chars(messages: list[dict[str, Any]]) -> int:
+    """Characters in the contents of normalised messages."""
+    return sum(len(m["content"]) if isinstance(m["content"], str) else sum(len(part["text"]) for part in m["content"])
+               for m in messages)
+
+
 def _message(message: Any, where: str, wants_parts: bool, knows_developer: bool) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong(f"{where} must be an object.")

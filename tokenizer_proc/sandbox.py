@@ -140,6 +140,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 return attr in names
         return not isinstance(obj, type)      # what else there is: undefined values, loops, macros, namespaces
 
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """A forbidden attribute is an error, even where it is only printed."""
+        raise SecurityError(f"{type(obj).__name__}.{attribute} is not for templates")
+
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
         if wrapped is None:

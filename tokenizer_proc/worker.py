@@ -36,6 +36,7 @@ from pipeline.messages import (
     unpack_ids,
     unpack_rids,
 )
+from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
@@ -111,7 +112,7 @@ class TokenizerWorker:
             if self._unsent:
                 self._discard(lambda rid: rid in rids)
         elif not isinstance(message, (Submit, TokenizeQuery, DetokenizeQuery)):
-            self._dropped.labels(reason="unexpected").inc()
+            raise BadFrame("not for a tokenizer")
         elif self._epoch_of(message) != self._epoch:
             self._dropped.labels(reason="old_epoch").inc()
         elif message.rid in self._pending:

@@ -58,7 +58,7 @@ def test_an_echoed_prompt_equals_the_library(name: str, sample: str) -> None:
         assert whole_text(VOCABS[name], ids, skip_special=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), names, st.booleans(), st.booleans())
 def test_any_grouping_of_the_ids_gives_the_same_text(data: st.DataObject, name: str, skip: bool, spaces: bool) -> None:
     ids, left = data.draw(ids_of(name)), data.draw(ids_of(name))
@@ -71,14 +71,14 @@ def test_any_grouping_of_the_ids_gives_the_same_text(data: st.DataObject, name: 
     assert one.end() == grouped.end()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.booleans())
 def test_any_ids_at_all_decode_as_the_library_does_for_byte_level(data: st.DataObject, skip: bool) -> None:
     ids = data.draw(ids_of("byte_level"))
     assert everything(opened("byte_level", [], skip), ids) == zoo.byte_level().decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=200)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40), st.sampled_from(["byte_level", "byte_fallback"]))
 def test_any_text_survives_encoding_and_decoding(text: str, name: str) -> None:
     """Emoji, CJK, combining marks, controls, right-to-left: no U+FFFD appears that was not there."""
@@ -90,6 +90,7 @@ def test_any_text_survives_encoding_and_decoding(text: str, name: str) -> None:
     assert everything(opened(name), tokenizer.encode(text, add_special_tokens=False).ids) == text
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=30))
 def test_byte_fallback_tokens_decode_as_the_bytes_that_they_are(data: bytes) -> None:
     tokenizer = zoo.byte_fallback()

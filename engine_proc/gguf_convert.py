@@ -6,9 +6,10 @@ and generation needs is completed here: every end-of-turn token, rope scaling, t
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,18 @@ def convert(source: Path, out: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     progress("reading GGUF", 20)
-    facts = _speed_up_reading()(str(source))
     folder, name = str(source.parent), source.name
-    progress("dequantising", 30)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(gguf_file=name, dequantize=True))
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None  # type: ignore[assignment]
-    progress("converting the tokenizer", 75)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    with _fast_reading() as read:
+        facts = read(str(source))
+        progress("dequantising", 30)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=name, dequantize=True))
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None  # type: ignore[assignment]
+        progress("converting the tokenizer", 75)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     progress("writing", 85)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -51,27 +54,32 @@ def convert(source: Path, out: Path, progress: Progress) -> None:
     progress("writing", 100)
 
 
-def _speed_up_reading() -> Callable[[str], Any]:
+@contextlib.contextmanager
+def _fast_reading() -> Iterator[Callable[[str], Any]]:
     """Make gguf's reader usable for vocabularies: one read per file, plain arrays in place of memmap slices.
 
     The loader reads the file three times and looks the tensor names up once per module, which costs 20 s for a
-    vocabulary of 49,152. Both are pure functions of the file, and this process does nothing else.
+    vocabulary of 49,152. Both are pure functions of the file, which does not change meanwhile.
     """
     import gguf
 
     class Reader(gguf.GGUFReader):
         @property
-        def data(self) -> np.ndarray:  # type: ignore[override]
+        def data(self) -> Any:
             return self._bytes
 
         @data.setter
-        def data(self, value: np.ndarray) -> None:
+        def data(self, value: Any) -> None:
             self._bytes = np.asarray(value).view(np.ndarray)    # memmap's own slicing is five times slower
 
-    cached = functools.cache(Reader)
-    gguf.GGUFReader = cached  # type: ignore[misc, assignment]
+    read = functools.cache(Reader)
+    saved = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = read  # type: ignore[misc, assignment]
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
-    return cached
+    try:
+        yield read
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = saved  # type: ignore[misc]
 
 
 def _field(facts: Any, key: str, default: Any = None) -> Any:

@@ -4,6 +4,7 @@ Imports stay inside the functions: ``quartet --help`` must answer at once, and a
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -104,35 +105,37 @@ def serve(arguments: list[str]) -> int:
 
 
 def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int, arguments: Sequence[str]) -> int:
-    """Bind, prepare, and launch; or, with --check, prepare and describe."""
+    """Bind, prepare, and launch; or, with --check, prepare and describe without touching the port."""
     import dataclasses
 
     from pipeline import assemble, config, listen, preparation, rundir
     from pipeline.launcher import Launcher
     from pipeline.settings import resolve
     from pipeline.signals import Signals
-    parent, prefix = rundir.parent_of_runs(settings["run_dir"], os.environ)
-    with (Signals() as signals,
-          listen.bind(settings["host"], settings["port"], settings["uds"], settings["frontends"]) as listeners,
-          rundir.RunDirectory(parent, prefix) as run):
+
+    def reload(old: ServerConfig) -> ServerConfig:
+        """On SIGHUP: the log level as the YAML file has it now. Keys are read by the frontends themselves."""
+        return dataclasses.replace(old, log_level=resolve(arguments, os.environ)["log_level"])
+
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        listeners = None
         if not settings.check:
+            listeners = stack.enter_context(
+                listen.bind(settings["host"], settings["port"], settings["uds"], settings["frontends"]))
             terminal.line(f"Starting {source.name} (quartet {__version__}) ...")
+        run = stack.enter_context(rundir.RunDirectory(*rundir.parent_of_runs(settings["run_dir"], os.environ)))
         log_dir = rundir.log_directory(settings["log_dir"], run.path)
         directory, tokenizer = preparation.prepare(
             source, settings["tokenizer"], trust_remote_code=settings["trust_remote_code"],
             null=settings["null_engine"] is not None, output=log_dir / "prepare.out", signals=signals,
             terminal=terminal)
         model = assemble.model_config(settings, source, directory, tokenizer)
-        if settings.check:
+        if listeners is None:
             terminal.line(f"{model.names[0]}: the configuration and the model's files are good; context "
                           f"{model.max_model_len} tokens, vocabulary {model.vocab_size}.")
             return exits.OK
         resolved = assemble.server_config(settings, model, run_dir=run.path, log_dir=log_dir, port=listeners.port,
                                           started_ns=started_ns)
         config.save(resolved, run.path / "config.json")
-
-        def reload(old: ServerConfig) -> ServerConfig:
-            """On SIGHUP: the log level as the YAML file has it now. Keys are read by the frontends themselves."""
-            return dataclasses.replace(old, log_level=resolve(arguments, os.environ)["log_level"])
-
         return Launcher(resolved, run.path / "config.json", listeners, terminal, signals, reload=reload).run()

@@ -187,7 +187,7 @@ class Launcher:
                     if self._was_ready and not self._steps:
                         self._terminal.line(f"{life.name} is ready again.")
                 elif beacon.state == State.STARTING and life.kind is Kind.ENGINE and not self._was_ready:
-                    if beacon.phase != self._phases.get(member):
+                    if beacon.phase not in (self._phases.get(member), "ready"):
                         self._phases[member] = beacon.phase
                         self._terminal.progress(f"{life.name}: {beacon.phase}")
             if self._told_to_stop(life.kind):

@@ -86,8 +86,11 @@ def test_a_port_in_use_is_code_6_before_anything_is_loaded(tmp_path: Path) -> No
 
 
 def test_check_says_what_it_found_and_serves_nothing(tokenizer: Path, tmp_path: Path) -> None:
-    done = quartet("serve", str(tokenizer), "--null-engine", "hash", "--check", QUARTET_PORT="0",
-                   XDG_RUNTIME_DIR=str(tmp_path))
+    with socket.socket() as running:                   # a check next to the running server is no conflict
+        running.bind(("127.0.0.1", 0))
+        running.listen()
+        done = quartet("serve", str(tokenizer), "--null-engine", "hash", "--check",
+                       QUARTET_PORT=str(running.getsockname()[1]), XDG_RUNTIME_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "tok: the configuration and the model's files are good; context 2048 tokens, vocabulary 1.\n"
 

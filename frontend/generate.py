@@ -94,7 +94,7 @@ class Generate:
         news = asyncio.Event()
         request = open_request(frontend, ask, len(call.body), news.set)
         call.body = b""
-        reason = AbortReason.CLIENT_GONE
+        stream: Stream | None = None
         try:
             label = call.request_id if call.labelled or job.label is None else job.label
             identity = {"id": job.prefix + label, "created": int(time.time()),
@@ -103,7 +103,6 @@ class Generate:
                 stream = Stream(call, request, news, job.chunks(ask, request, identity), frontend.config.http,
                                 self._ingress.headers_of)
                 complete = await stream.run()
-                reason = stream.reason
             else:
                 await finished(request, news)
                 complete = True
@@ -111,7 +110,7 @@ class Generate:
                 frontend.metrics.generated(request, spec.sampling.max_tokens, call.elapsed_s)
             return None if spec.stream else json_response(job.body(ask, request, identity))
         finally:
-            frontend.table.close(request, reason)
+            frontend.table.close(request, AbortReason.CLIENT_GONE if stream is None else stream.reason)
             _describe(call, request)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sanic.response import HTTPResponse
 
 from frontend.call import Call
+from frontend.docs import POLICY, page
 from frontend.health import Health
 from frontend.ingress import Ingress, json_response
 from frontend.openapi import document
@@ -75,12 +76,19 @@ class Info:
 
 
 def register_document(ingress: Ingress, config: ServerConfig) -> None:
-    """GET /openapi.json, made when it is asked for first."""
-    made: list[bytes] = []
+    """GET /openapi.json and /docs, made when they are asked for first."""
+    made: dict[str, bytes] = {}
 
     async def openapi(call: Call) -> HTTPResponse:
-        if not made:
-            made.append(dump(document(config)))
-        return HTTPResponse(made[0], content_type="application/json")
+        if "json" not in made:
+            made["json"] = dump(document(config))
+        return HTTPResponse(made["json"], content_type="application/json")
+
+    async def docs(call: Call) -> HTTPResponse:
+        if "html" not in made:
+            made["html"] = page(document(config))
+        return HTTPResponse(made["html"], content_type="text/html; charset=utf-8", headers={
+            "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"})
 
     ingress.get("/openapi.json", openapi)
+    ingress.get("/docs", docs)

@@ -42,8 +42,6 @@ class FrontendMetrics:
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
         self._n = histogram("request_params_n", "Choices asked for.", (1, 2, 5, 10, 20))
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
-        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", tokens)
-        self._output = histogram("request_generation_tokens", "Output tokens of a request.", tokens)
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
         self._seconds = Histogram("http_request_duration_seconds", "Duration of HTTP requests.", ["handler", "method"],
                                   buckets=(.1, .5, 1), registry=registry)
@@ -70,8 +68,6 @@ class FrontendMetrics:
     def closed(self, request: Request, reason: AbortReason | None) -> None:
         if reason is not None:
             self._aborts.labels(reason.name.lower()).inc()
-        self._prompt[request.spec.model].observe(request.prompt_tokens)
-        self._output[request.spec.model].observe(request.completion_tokens)
 
     def resubmitted(self, why: str) -> None:
         self._again.labels(why).inc()

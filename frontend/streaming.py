@@ -29,17 +29,15 @@ class Stream:
         self._response: Any = None
         self._loop = asyncio.get_running_loop()
         self._written = self._loop.time()
-        self._beat = self._loop.call_later(http.keep_alive_s, self._on_beat)
+        self._blocked = 0.0                           # since when a write waits for the client; 0: none does
+        self._period = min(http.keep_alive_s, http.slow_client_s)
+        self._beat = self._loop.call_later(self._period, self._on_beat)
         self.reason = AbortReason.CLIENT_GONE         # why the request is not complete, where it is not
 
     async def run(self) -> bool:
         """Whether the whole answer was sent. Raises the request's error while no header is out."""
         try:
             return await self._send_all()
-        except TimeoutError:
-            self.reason = AbortReason.SLOW_CLIENT
-            self._call.cut()
-            return False
         finally:
             self._beat.cancel()
 
@@ -64,20 +62,27 @@ class Stream:
                 await self._write(KEEP_ALIVE)
 
     async def _write(self, data: bytes, end: bool = False) -> None:
-        """TimeoutError when the client takes nothing for too long."""
+        """Cancelled from the outside when the client has gone, or was cut off by `_on_beat`."""
         if self._response is None:
             self._response = await self._call.http.respond(status=200, content_type=CONTENT_TYPE, headers={
                 "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **self._headers(self._call)})
             self._call.status = 200
-        async with asyncio.timeout(self._http.slow_client_s):
-            await self._response.send(data, end)
-        self._written = self._loop.time()
+        self._blocked = self._loop.time()
+        await self._response.send(data, end)
+        self._written, self._blocked = self._loop.time(), 0.0
 
     def _on_beat(self) -> None:
-        """Wake the sender where the stream has been quiet; one timer per stream, however many tokens pass."""
-        due = self._written + self._http.keep_alive_s
+        """One timer per stream, however many tokens pass: it wakes a quiet sender and ends one that hangs."""
         now = self._loop.time()
-        if now >= due:
-            self._news.set()
-            due = now + self._http.keep_alive_s
+        if self._blocked and now >= self._blocked + self._http.slow_client_s:
+            self.reason = AbortReason.SLOW_CLIENT
+            self._call.cut()
+            return
+        due = now + self._period
+        if not self._blocked:
+            quiet_at = self._written + self._http.keep_alive_s
+            if now >= quiet_at:
+                self._news.set()
+            else:
+                due = min(due, quiet_at)
         self._beat = self._loop.call_at(due, self._on_beat)

@@ -363,6 +363,8 @@ async def test_models_version_and_description() -> None:
         assert set((await c.get("/version")).json()) == {"version"}
         document = (await c.get("/openapi.json")).json()
         assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"}
+        page = (await c.get("/docs")).text
+        assert "max_completion_tokens" in page and "<script" not in page and "src=" not in page
         schema = {"$ref": "#/components/schemas/ChatBody", "components": document["components"]}
         jsonschema.validate({**HELLO, "stop": "x", "temperature": 1}, schema)
         with pytest.raises(jsonschema.ValidationError):

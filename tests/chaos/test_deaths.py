@@ -34,7 +34,7 @@ def test_death_when_idle_is_noticed_and_healed(slow_null: Server, stage: str) ->
     request = bodies("null", 1, 10)
     before = undisturbed(asyncio.run(gather(slow_null.url, request)))
     old = kill(slow_null, stage)
-    after = undisturbed(asyncio.run(gather(slow_null.url, request)))      # accepted at once, answered after the restart
+    after = undisturbed(asyncio.run(gather(slow_null.url, request)))     # accepted at once, answered after the restart
     assert after == before
     wait_replaced(slow_null, stage, old)
 
@@ -90,7 +90,8 @@ def test_a_stop_string_found_after_the_death_still_stops(slow_null: Server) -> N
     text = asyncio.run(gather(slow_null.url, [free]))[0].texts[0]
     stop = text[len(text) // 2:len(text) // 2 + 4]
     for stage in STAGES:
-        hurt = asyncio.run(gather(slow_null.url, [{**free, "stop": [stop]}], disturb=lambda: kill(slow_null, stage)))
+        stopping = [{**free, "stop": [stop]}]
+        hurt = asyncio.run(gather(slow_null.url, stopping, disturb=lambda stage=stage: kill(slow_null, stage)))
         assert hurt[0].texts[0] == text[:text.index(stop)] and hurt[0].finishes == {0: ["stop"]} and hurt[0].done == 1
 
 
@@ -103,7 +104,7 @@ def test_a_frontend_that_dies_takes_only_its_own_connections(slow_null: Server) 
                 await ask(client, slow_null.url, body, lambda count: kill(slow_null, "frontend") if count == 3 else None)
     others = {stage: slow_null.pids(stage) for stage in STAGES}
     asyncio.run(victim())
-    undisturbed(asyncio.run(gather(slow_null.url, bodies("null", 2, 10))))  # connections queue while it restarts
+    undisturbed(asyncio.run(gather(slow_null.url, bodies("null", 2, 10))))   # connections queue meanwhile
     assert {stage: slow_null.pids(stage) for stage in STAGES} == others
     slow_null.assert_idle(10)                                              # its work was aborted
 
@@ -137,9 +138,9 @@ def test_a_hundred_kills_at_random_moments(slow_null: Server) -> None:
     clean = undisturbed(asyncio.run(gather(slow_null.url, requests)))
     for _ in range(100):
         stage = rng.choice(("tokenizer_proc", "detok_proc", "engine_proc"))
-        until(lambda: slow_null.get("/ready")[0] == 200 and slow_null.pids(stage), 60, "ready")
+        until(lambda: slow_null.get("/ready")[0] == 200, 60, "ready")
         hurt = asyncio.run(gather(slow_null.url, requests, after_chunks=rng.randint(1, 60),
-                                  disturb=lambda: kill(slow_null, stage, rng.choice(SIGNALS))))
+                                  disturb=lambda stage=stage: kill(slow_null, stage, rng.choice(SIGNALS))))
         assert undisturbed(hurt) == clean
 
 
@@ -152,7 +153,7 @@ def test_a_crash_loop_ends_the_server_with_code_5() -> None:
         pids = until(lambda: server.pids("detok_proc") or server.process.poll() is not None, 20)
         if pids is not True:
             os.kill(pids[0], signal.SIGKILL)
-            until(lambda: pids[0] not in server.pids("detok_proc"), 5)
+            until(lambda pids=pids: pids[0] not in server.pids("detok_proc"), 5)
     assert server.process.wait(30) == 5
     assert any(line.startswith("quartet: ") for line in server.lines)
     server.assert_nothing_left()

@@ -58,7 +58,7 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self.facts = facts
         self.model, self.cache, self.device = model, cache, device
-        self.slots = Slots(config.max_num_seqs, model.vocab_size, device.torch_device)
+        self.slots = Slots(config.max_num_seqs, model.vocab_size, max_model_len + 1, device.torch_device)
         self._builder = BatchBuilder(device, config.block_size, config.max_step_tokens, config.max_num_seqs,
                                      -(-max_model_len // config.block_size))
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine_proc.filters import cuts
 from engine_proc.slots import Rows, Slots
 
-PREFILTER = 1024            # top_p looks at this many best tokens before it sorts the whole vocabulary
-CDF_BLOCK = 256             # tokens whose probabilities are summed before the CDF is searched
+FEW = 8                     # best tokens among which a sampled one is expected
+BLOCK = 256                 # tokens that are looked at together before single ones are
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -83,10 +84,30 @@ def rank(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Ranked:
     """Log-probabilities of `tokens`, int64 [n], under rows of unmodified logits, float32 [n, V], and the k best."""
     normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     chosen = logits.gather(1, tokens[:, None])
-    best = logits.topk(min(k, logits.shape[1]), dim=-1)
-    return Ranked(
-        values=(chosen - normaliser)[:, 0], ranks=(logits > chosen).sum(dim=-1) + 1, top_ids=best.indices,
-        top_values=best.values - normaliser)
+    values, ids = largest(logits, min(max(k, FEW), logits.shape[1]))
+    better = (values > chosen).sum(dim=-1)
+    far = (better == values.shape[1]).nonzero()[:, 0]       # not among those: count the whole row
+    if len(far):
+        better[far] = (logits[far] > chosen[far]).sum(dim=-1)
+    k = min(k, logits.shape[1])
+    return Ranked(values=(chosen - normaliser)[:, 0], ranks=better + 1, top_ids=ids[:, :k],
+                  top_values=values[:, :k] - normaliser)
+
+
+def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row and where they are, [n, k] each: they lie in the k blocks with the largest maxima."""
+    n, vocab = logits.shape
+    whole = vocab // BLOCK
+    if k == 0 or whole < 4 * k:
+        best = logits.topk(k, dim=-1)
+        return best.values, best.indices
+    blocks = logits[:, :whole * BLOCK].unflatten(1, (whole, BLOCK))
+    chosen = blocks.amax(dim=-1).topk(k, dim=-1).indices                                    # [n, k]
+    ids = (chosen.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
+    rest = torch.arange(whole * BLOCK, vocab, device=logits.device).expand(n, -1)
+    ids = torch.cat([ids, rest], dim=1)
+    best = logits.gather(1, ids).topk(k, dim=-1)
+    return best.values, ids.gather(1, best.indices)
 
 
 def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.Tensor:
@@ -97,16 +118,16 @@ def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.
     out = logits.clone() if keep else logits
     device = logits.device
     if len(penalised):
-        index = torch.from_numpy(penalised).to(device)
-        table = torch.from_numpy(rows.penalty[penalised]).to(device)
+        index = torch.from_numpy(penalised).to(device).unsqueeze(1)
+        table = torch.from_numpy(rows.penalty[penalised]).to(device).unsqueeze(1)
         repetition, frequency, presence = (
             torch.from_numpy(values[penalised]).to(device).unsqueeze(1)
             for values in (rows.repetition, rows.frequency, rows.presence))
-        counts, some = slots.counts[table], out[index]
-        in_output = counts > 0
+        seen = slots.seen_tokens(rows.penalty[penalised])       # [p, L]: only these change
+        counts, some = slots.counts[table, seen], out[index, seen]
         repeated = torch.where(some > 0, some / repetition, some * repetition)
-        some = torch.where(in_output | slots.in_prompt[table], repeated, some)
-        out[index] = some - frequency * counts - presence * in_output
+        # A token that was seen twice is written twice, with the same value.
+        out[index, seen] = repeated - frequency * counts - presence * (counts > 0)
     if rows.bias:
         which = np.concatenate([np.full(len(ids), row) for row, ids, _ in rows.bias])
         ids = np.concatenate([ids for _, ids, _ in rows.bias])
@@ -123,52 +144,18 @@ def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.
 def draw(logits: torch.Tensor, rows: Rows, which: np.ndarray, uniform: torch.Tensor) -> torch.Tensor:
     """One token per row of `logits` [n, V], whose parameters are rows `which` of `rows`; uniform: float64 [n]."""
     device = logits.device
-    scaled = logits / torch.from_numpy(rows.temperature[which]).to(device).unsqueeze(1)
-    best = scaled.amax(dim=-1, keepdim=True)
-    lowest = torch.full_like(best, float("-inf"))
-    min_p = rows.min_p[which]
-    if (min_p > 0).any():
-        lowest = best + torch.from_numpy(min_p).to(device).log().unsqueeze(1)
-    top_k, top_p = rows.top_k[which], rows.top_p[which]
+    weights = logits / torch.from_numpy(rows.temperature[which]).to(device).unsqueeze(1)
+    weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()       # relative to the best token
+    min_p, top_k, top_p = rows.min_p[which], rows.top_k[which], rows.top_p[which]
+    least = torch.from_numpy(min_p).to(device).unsqueeze(1)
     filtered = np.flatnonzero(((top_k > 0) & (top_k < logits.shape[1])) | (top_p < 1))
     if len(filtered):
         index = torch.from_numpy(filtered).to(device)
-        some = scaled if len(filtered) == len(scaled) else scaled[index]
-        cut = thresholds(some, top_k[filtered], top_p[filtered])
-        lowest[index] = torch.maximum(lowest[index], cut)
-    weights = (scaled - best).exp_()
+        some = weights if len(filtered) == len(weights) else weights[index]
+        least[index] = torch.maximum(least[index], cuts(some, top_k[filtered], top_p[filtered]))
     if len(filtered) or (min_p > 0).any():
-        weights.masked_fill_(scaled < lowest, 0.0)
+        weights.masked_fill_(weights < least, 0.0)
     return invert(weights, uniform.to(device))
-
-
-def thresholds(logits: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, best: int = PREFILTER) -> torch.Tensor:
-    """The least logit, [n, 1], that top_k and then top_p (of what top_k left) keep; equal logits stay together.
-
-    Only the `best` largest logits are sorted; rows whose nucleus is wider (a flat distribution) sort everything.
-    """
-    device, vocab = logits.device, logits.shape[1]
-    kept = np.where(top_k > 0, np.minimum(top_k, vocab), vocab)
-    unlimited = kept == vocab
-    width = min(vocab, max(int(kept[~unlimited].max(initial=1)), best if unlimited.any() else 1))
-    values = logits.topk(width, dim=-1).values
-    weights = (values - values[:, :1]).exp()
-    cumulative = weights.double().cumsum(dim=-1)
-    limit = torch.from_numpy(np.minimum(kept, width)).to(device).unsqueeze(1)
-    total = cumulative.gather(1, limit - 1)
-    if unlimited.any() and width < vocab:
-        everything = (logits - values[:, :1]).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
-        total = torch.where(torch.from_numpy(unlimited).to(device).unsqueeze(1), everything, total)
-    target = total * torch.from_numpy(top_p).to(device).unsqueeze(1)
-    nucleus = (cumulative < target).sum(dim=-1, keepdim=True) + 1
-    nucleus = torch.where(torch.from_numpy(top_p < 1).to(device).unsqueeze(1), nucleus, limit)
-    out = values.gather(1, torch.minimum(nucleus, limit) - 1)
-    if width < vocab:
-        wide = np.flatnonzero(unlimited & (nucleus[:, 0] > width).cpu().numpy())
-        if len(wide):
-            index = torch.from_numpy(wide).to(device)
-            out[index] = thresholds(logits[index], top_k[wide], top_p[wide], vocab)
-    return out
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -178,10 +165,10 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     of weight zero is never returned; for a row that is not a number, some id of the vocabulary is.
     """
     n, vocab = weights.shape
-    blocks = -(-vocab // CDF_BLOCK)
-    if vocab % CDF_BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, blocks * CDF_BLOCK - vocab))
-    blocked = weights.view(n, blocks, CDF_BLOCK)
+    blocks = -(-vocab // BLOCK)
+    if vocab % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, blocks * BLOCK - vocab))
+    blocked = weights.view(n, blocks, BLOCK)
     cdf = blocked.sum(dim=-1).double().cumsum(dim=-1)
     target = (uniform * cdf[:, -1]).unsqueeze(1)
     block = (cdf <= target).sum(dim=-1).clamp_(max=blocks - 1)
@@ -189,7 +176,7 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, block.unsqueeze(1))     # never above the target
     token = (inside.cumsum(dim=-1) + before <= target).sum(dim=-1)
     positive = inside > 0
-    order = torch.arange(CDF_BLOCK, device=weights.device)
+    order = torch.arange(BLOCK, device=weights.device)
     last = torch.where(positive, order, 0).amax(dim=-1)
     token = torch.minimum(token, last)          # rounding may put the target a hair behind the block's own sum
-    return (block * CDF_BLOCK + token).clamp_(max=vocab - 1)
+    return (block * BLOCK + token).clamp_(max=vocab - 1)

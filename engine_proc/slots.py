@@ -38,10 +38,10 @@ class Rows:
 
 
 class Slots:
-    """One row per running sequence. `vocab` is the width of the logits."""
+    """One row per running sequence. `vocab` is the width of the logits, `longest` the most tokens of a sequence."""
 
-    def __init__(self, count: int, vocab: int, device: torch.device) -> None:
-        self.vocab, self.device = vocab, device
+    def __init__(self, count: int, vocab: int, longest: int, device: torch.device) -> None:
+        self.vocab, self.longest, self.device = vocab, longest, device
         self._free = list(range(count - 1, -1, -1))
         self._bias: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._ends: dict[int, np.ndarray] = {}          # slot -> ids that end it; only where min_tokens is set
@@ -51,7 +51,8 @@ class Slots:
         self._keys = np.zeros((2, count), np.uint64)        # seed, choice
         self._min_tokens = np.zeros(count, np.int64)
         self._free_counts: list[int] = []
-        self.in_prompt = torch.zeros((0, vocab), dtype=torch.bool, device=device)     # [P, V]
+        self._num_seen = np.zeros(0, np.int64)          # [P]
+        self._seen = torch.zeros((0, longest), dtype=torch.int64, device=device)      # [P, longest]: the tokens so far
         self.counts = torch.zeros((0, vocab), dtype=torch.int32, device=device)       # [P, V]: among the output
 
     def admit(self, seq: Sequence) -> None:
@@ -110,20 +111,33 @@ class Slots:
             return
         which = np.flatnonzero(rows.penalty >= 0)
         if len(which):
-            index = torch.from_numpy(rows.penalty[which]).to(self.device)
-            self.counts[index, tokens[torch.from_numpy(which).to(self.device)]] += 1
+            tables = rows.penalty[which]
+            index = torch.from_numpy(tables).to(self.device)
+            some = tokens[torch.from_numpy(which).to(self.device)]
+            self.counts[index, some] += 1
+            self._seen[index, torch.from_numpy(self._num_seen[tables]).to(self.device)] = some
+            self._num_seen[tables] += 1
+
+    def seen_tokens(self, tables: np.ndarray) -> torch.Tensor:
+        """The tokens of prompt and output of the sequences that count in `tables`: int64 [p, L].
+
+        Shorter rows are filled with their own last token.
+        """
+        lengths = self._num_seen[tables]
+        columns = np.minimum(np.arange(int(lengths.max())), lengths[:, None] - 1)
+        return self._seen[torch.from_numpy(tables[:, None]).to(self.device), torch.from_numpy(columns).to(self.device)]
 
     def _take_counts(self, seq: Sequence) -> int:
         if not self._free_counts:
-            old = len(self.counts)
-            more = max(4, old)
-            self.in_prompt = torch.cat([self.in_prompt, self.in_prompt.new_zeros(more, self.vocab)])
+            old, more = len(self.counts), max(4, len(self.counts))
             self.counts = torch.cat([self.counts, self.counts.new_zeros(more, self.vocab)])
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(more, self.longest)])
+            self._num_seen = np.concatenate([self._num_seen, np.zeros(more, np.int64)])
             self._free_counts = list(range(old + more - 1, old - 1, -1))
         row = self._free_counts.pop()
         tokens = torch.tensor(seq.tokens, dtype=torch.int64, device=self.device)
-        self.in_prompt[row] = False
-        self.in_prompt[row, tokens[:seq.num_prompt]] = True
+        self._seen[row, :len(tokens)] = tokens
+        self._num_seen[row] = len(tokens)
         self.counts[row] = torch.bincount(tokens[seq.num_prompt:], minlength=self.vocab)
         return row
 

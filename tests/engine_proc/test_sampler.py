@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_proc import sampler
+from engine_proc import filters, sampler
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
 from pipeline.errors import QuartetError
@@ -24,7 +24,7 @@ class Bench:
 
     def __init__(self, vocab: int, *params: dict[str, Any], prompt: list[int] | None = None,
                  history: list[int] | None = None) -> None:
-        self.slots = Slots(len(params), vocab, CPU)
+        self.slots = Slots(len(params), vocab, 100, CPU)
         self.seqs = [sequence(i, prompt or [0], 1000, history=history or [], **values)
                      for i, values in enumerate(params)]
         for seq in self.seqs:
@@ -83,16 +83,19 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
 @settings(max_examples=60, deadline=None)
 def test_filters_keep_exactly_the_right_tokens(data: st.DataObject) -> None:
     """Whatever the neighbours ask for, each row keeps what the direct computation keeps."""
-    vocab = data.draw(st.integers(2, 300))
+    vocab = data.draw(st.integers(2, 700))
     n = data.draw(st.integers(1, 5))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     logits = torch.randn(n, vocab) * data.draw(st.sampled_from([0.01, 1.0, 8.0]))
     top_k = np.array([data.draw(st.integers(0, vocab + 3)) for _ in range(n)])
     top_p = np.array([data.draw(st.floats(0.05, 1.0)) for _ in range(n)])
-    cut = sampler.thresholds(logits, top_k, top_p, best=data.draw(st.sampled_from([1, 7, 1024])))
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    cut = filters.cuts(weights, top_k, top_p)
+    by_histogram = filters._from_histogram(weights, np.where(top_k > 0, np.minimum(top_k, vocab), vocab), top_p)
+    assert torch.equal(weights >= cut, weights >= by_histogram[:, None])
     for row in range(n):
         expected = distribution(logits[row], top_k=min(int(top_k[row]), vocab), top_p=float(top_p[row])) > 0
-        kept = (logits[row] >= cut[row]).numpy()
+        kept = (weights[row] >= cut[row]).numpy()
         for token in np.flatnonzero(kept != expected):
             # They may disagree on a token that sits on the edge of the nucleus within rounding, on no other.
             p = torch.softmax(logits[row].double(), -1).numpy()
@@ -142,6 +145,14 @@ def test_the_cdf_is_inverted_in_vocabulary_order_and_skips_zeros(uniform: float,
     weights = torch.zeros(1, 600)
     weights[0, [1, 3, 300]] = torch.tensor([1.0, 2.0, 1.0])
     assert sampler.invert(weights, torch.tensor([uniform], dtype=torch.float64)).item() == expected
+
+
+@pytest.mark.parametrize("vocab, k", [(5000, 3), (5000, 0), (300, 7), (1024, 1), (2311, 2)])
+def test_the_largest_are_found_through_their_blocks(vocab: int, k: int) -> None:
+    logits = torch.randn(4, vocab)
+    values, ids = sampler.largest(logits, k)
+    expected = logits.topk(k, dim=-1)
+    assert torch.equal(values, expected.values) and torch.equal(ids, expected.indices)
 
 
 def test_penalties_follow_the_openai_definition() -> None:
@@ -223,7 +234,7 @@ def test_a_row_that_is_not_finite_is_flagged_and_harms_nobody(poison: float) -> 
 
 
 def test_ids_outside_of_the_vocabulary_are_refused_before_a_slot_is_taken() -> None:
-    slots = Slots(1, 10, CPU)
+    slots = Slots(1, 10, 100, CPU)
     bias = {"bias_ids": pack_ids([10]), "bias_values": np.zeros(1, np.float32).tobytes()}
     for seq, param in ((sequence(1, [3, 10]), "prompt"), (sequence(2, [3], **bias), "logit_bias")):
         with pytest.raises(QuartetError) as caught:
@@ -233,7 +244,7 @@ def test_ids_outside_of_the_vocabulary_are_refused_before_a_slot_is_taken() -> N
 
 
 def test_slots_grow_when_more_are_admitted_than_configured() -> None:
-    slots = Slots(1, 10, CPU)
+    slots = Slots(1, 10, 100, CPU)
     seqs: list[Sequence] = [sequence(i, [1], temperature=0.1 * (i + 1), presence_penalty=0.1) for i in range(7)]
     for seq in seqs:
         slots.admit(seq)

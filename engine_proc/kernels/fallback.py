@@ -22,8 +22,7 @@ class TorchLinear(PackedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightType | None, gate: Activation | None) -> None:
         self.n, self.k = weight.shape[0] // (2 if gate else 1), weight.shape[1]
         if dtype == "int8":
-            quantized, scales = reference.quantize_weight(weight)
-            weight = (quantized.float() * scales[:, None]).to(weight.dtype)
+            weight = reference.dequantized(weight).to(weight.dtype)
         elif dtype is not None:
             weight = weight.to(getattr(torch, dtype))
         self._weight = weight.detach().clone()

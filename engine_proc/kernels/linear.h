@@ -5,7 +5,7 @@
  * A weight [n][k] is cut into panels of 32 outputs, each one sequential stream that a thread reads from end to end:
  *   WEIGHT_F32   float    [panel][k][32]
  *   WEIGHT_BF16  bfloat16 [panel][k/2][32][2]            (k padded to even with a zero)
- *   WEIGHT_INT8  uint8    [panel][k/4][32][4]            (k padded to 4; value + 128; see linear_int8.c)
+ *   WEIGHT_INT8  groups of 64 of k: uint8 [16][32][4], float scale [32]; see linear_int8.c
  * A gated weight [2n][k] (rows: n gates, then n ups) puts 16 gates and their 16 ups into one panel, so that the product
  * ends with act(gate) * up in registers and only n columns are ever written.
  */
@@ -23,7 +23,6 @@ enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2 }; /* OUT_ADD_F32: out += scal
 typedef struct {
     const void *panels;
     const float *bias;    /* [n] (gated: [2n]) or NULL */
-    const float *scales;  /* WEIGHT_INT8: one per column of each panel, [panels][32] */
     int64_t n, k;         /* outputs (gated: of each half) and inputs */
     int64_t kind, act;    /* act != ACT_NONE: gated */
 } linear_weight;
@@ -59,5 +58,6 @@ void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long l
                        long rows);
 long int8_stride(long k);
 size_t int8_operand_bytes(long k, long rows);
+size_t int8_panel_bytes(long k);
 
 #endif

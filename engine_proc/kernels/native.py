@@ -37,8 +37,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 _PANEL = 32  # outputs of a panel (tile.h)
 _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
-_PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 4}
-_WEIGHT = struct.Struct("3q4q")  # linear_weight in linear.h
+_PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 64}
+_WEIGHT = struct.Struct("2q4q")  # linear_weight in linear.h
 _ROPE = struct.Struct("11q3q5q2q2d")  # rope_args in rope.h
 _ATTENTION = struct.Struct("7q3q5q5q2d")  # attention_args in attention.h
 _BF16 = torch.bfloat16
@@ -67,16 +67,15 @@ class NativeLinear(PackedLinear):
         self.n = rows // 2 if gate else rows
         panels = -(-self.n // (_PANEL // 2 if gate else _PANEL))
         inputs = -(-self.k // _PACK_MULTIPLE[stored]) * _PACK_MULTIPLE[stored]
+        inputs += inputs // 64 * 4 if stored == "int8" else 0  # a float scale per 64 bytes
         storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[stored]
         self._panels = _huge_empty(library, panels * inputs * _PANEL, storage)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         assert self._bias is None or self._bias.shape == (rows,)
-        self._scales = torch.empty(panels * _PANEL) if stored == "int8" else None
         self._struct = ctypes.create_string_buffer(
             _WEIGHT.pack(
                 self._panels.data_ptr(),
                 _address(self._bias),
-                _address(self._scales),
                 self.n,
                 self.k,
                 _KINDS[stored],
@@ -87,7 +86,7 @@ class NativeLinear(PackedLinear):
         self._q_linear = library.q_linear
         pack = library.q_pack_int8 if stored == "int8" else library.q_pack
         pack(self.address, weight.data_ptr(), weight.dtype is _BF16)
-        self.nbytes = self._panels.nbytes + (self._scales.nbytes if self._scales is not None else 0)
+        self.nbytes = self._panels.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         rows = x.shape[0]

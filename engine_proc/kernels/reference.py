@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INT8_GROUP = 64  # inputs that share one activation scale
+INT8_WEIGHTS, INT8_ROWS = 64, 32  # inputs that share one scale: of an output's weights, of a row's activations
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -22,26 +22,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> int8 [N, K] and float32 scales [N]: symmetric, one scale per output."""
-    wide = weight.float()
-    most = wide.abs().amax(dim=1)
-    return (wide * torch.where(most > 0, 127 / most, 0.0)[:, None]).round().to(torch.int8), most / 127
+def quantize(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """x [T, K] -> integers (as float32) [T, G, size] and float32 scales [T, G]: symmetric groups of `size` values of K.
 
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] -> integers (as float32) [T, G, 64] and float32 scales [T, G]; K padded to groups of 64 with zeros."""
-    groups = F.pad(x.float(), (0, -x.shape[1] % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
+    K is padded with zeros to whole groups of 64.
+    """
+    groups = F.pad(x.float(), (0, -x.shape[1] % INT8_WEIGHTS)).unflatten(1, (-1, size))
     scales = groups.abs().amax(dim=2) / 127
     return (groups * torch.where(scales > 0, 1 / scales, 0.0)[..., None]).round(), scales
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K] quantised per row and group, times an int8 weight [N, K] with its scales [N]."""
-    values, x_scales = quantize_rows(x)
-    wide = F.pad(weight.float(), (0, -x.shape[1] % INT8_GROUP)).unflatten(1, (-1, INT8_GROUP))
-    out = torch.einsum("tgk,ngk,tg->tn", values, wide, x_scales) * scales
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+def dequantized(weight: Tensor) -> Tensor:
+    """weight [N, K] -> float32 [N, K] as the int8 layer sees it."""
+    values, scales = quantize(weight, INT8_WEIGHTS)
+    return (values * scales[..., None]).flatten(1)[:, : weight.shape[1]]
+
+
+def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K], both quantised."""
+    values, scales = quantize(x, INT8_ROWS)
+    seen = (values * scales[..., None]).flatten(1)[:, : x.shape[1]]
+    out = F.linear(seen.double(), dequantized(weight).double())
+    return (out if bias is None else out + bias.double()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

@@ -93,15 +93,14 @@ def test_int8_linear_matches_its_reference_and_stays_near_the_exact_product(
     n, k = shape
     weight, bias = randn(n, k, dtype=dtype), randn(n)
     layer = kernels.linear(weight, bias, dtype="int8")
-    quantized, scales = reference.quantize_weight(weight)
     for rows in (1, 4, 7, 15, 33):
         x = randn(rows, k, dtype=dtype)
         x[0] *= 100  # an outlier row must not disturb the others
         out = layer(x, poisoned(rows, n, dtype=dtype))
         exact = reference.linear(x.double(), weight.double(), bias.double())
-        assert relative_error(out, exact) < 0.03
+        assert relative_error(out, exact) < 0.025
         if kernels.native:  # apart from values halfway between two integers
-            assert relative_error(out, reference.linear_int8(x, quantized, scales, bias)) < 0.004
+            assert relative_error(out, reference.linear_int8(x, weight, bias)) < 0.004
 
 
 def test_int8_linear_keeps_nan_and_zero_rows(kernels: Kernels) -> None:

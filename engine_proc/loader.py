@@ -6,6 +6,7 @@ one StartError sentence; nothing here is reachable by a request. Loads transform
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from array import array
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from pipeline.messages import Route
 from pipeline.params import DetokSpec, SamplingParams
 
 Progress = Callable[[str, int], None]
+log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEFAULT_KV_BYTES = 4 * 2**30
 KV_SHARE = 0.25                 # of the available memory, by default
@@ -58,9 +60,8 @@ def load_runner(model: ModelConfig, progress: Progress) -> ModelRunner:
     directory = Path(model.path)
     config = checkpoint.check(directory)
     refuse_unsupported(config)
-    if engine.quantization is not None:
-        raise StartError(CONFIG, f"The quantization '{engine.quantization}' is not available in this build.")
-    torch.set_num_threads(engine.threads or available_cores())
+    threads = engine.threads or available_cores()
+    torch.set_num_threads(threads)
     device = choose(engine.device)
     progress("loading weights", 0)
     try:
@@ -71,6 +72,9 @@ def load_runner(model: ModelConfig, progress: Progress) -> ModelRunner:
                                   device.available_bytes())
         cache = PagedAttention(num_blocks=num_blocks, block_size=engine.block_size, dtype=DTYPES[facts["dtype"]],
                                device=device.torch_device, **shape)
+        if isinstance(net, Decoder) and net.ops.name == "kernels":
+            from engine_proc.fused import FusedDecoder
+            net = FusedDecoder(net, cache)
     except (MemoryError, torch.OutOfMemoryError):
         raise StartError(MEMORY, f"There is not enough memory to load {directory}.") from None
     except RuntimeError as error:
@@ -112,6 +116,8 @@ def load_model(model: ModelConfig, config: dict[str, Any], device: Device,
             why = str(unfit)
             if backend == "own":
                 raise refuse(f"The own backend cannot run {directory}: {why}.") from None
+    if model.engine.quantization is not None:
+        raise StartError(CONFIG, f"--quantization {model.engine.quantization} works with the own backend only.")
     from engine_proc.hf_model import load_hf_model
     dtype = _dtype(model.engine, Weights(directory), device)
     hf, shape = load_hf_model(directory, dtype, model, device, lambda percent: progress("loading weights", percent))
@@ -127,18 +133,34 @@ def _own(model: ModelConfig, config: dict[str, Any], device: Device,
                          f"--max-model-len {model.max_model_len} is more.")
     weights = Weights(Path(model.path))
     dtype = weights.dtype = _dtype(model.engine, weights, device)
-    net = load_decoder(arch, weights, choose_ops(model.engine), model.max_model_len,
+    ops = choose_ops(model.engine, arch, dtype, device, progress)
+    net = load_decoder(arch, weights, ops, model.max_model_len,
                        lambda percent: progress("loading weights", percent * 9 // 10))
     left = weights.left_over()
     if left:
         raise Unfit(f"the description of '{arch.family}' does not use the tensor '{left[0]}'")
     weights.close()
     shape = {"layers": len(arch.layers), "kv_heads": arch.kv_heads, "head_dim": arch.head_dim}
-    return net, shape, _facts(config, dtype, device, "own", "")
+    facts = _facts(config, dtype, device, "own", "") | {"arithmetic": ops.name}
+    return net, shape, facts | ({"quantization": model.engine.quantization} if model.engine.quantization else {})
 
 
-def choose_ops(engine: EngineConfig) -> Ops:
-    """The arithmetic to use."""
+def choose_ops(engine: EngineConfig, arch: architectures.Arch, dtype: torch.dtype, device: Device,
+               progress: Progress) -> Ops:
+    """The kernels where they are wanted and can run the model, else torch."""
+    reason = "they are switched off"
+    if device.name == "cpu" and engine.kernels:
+        from engine_proc import fused
+        progress("compiling the kernels", 0)
+        unfit = fused.why_not(arch, dtype)
+        made = fused.load_kernels(engine.threads or available_cores()) if unfit is None else None
+        if made is not None:
+            torch.set_num_threads(1)        # the kernels have threads of their own; two pools would fight for the cores
+            log.info("CPU kernels: %s", made.describe())
+            return fused.KernelOps(made, "int8" if engine.quantization == "int8" else None)
+        reason = f"they do not know {unfit}" if unfit is not None else "no C compiler was found"
+    if engine.quantization is not None:
+        raise StartError(CONFIG, f"--quantization {engine.quantization} needs the CPU kernels, and {reason}.")
     return TorchOps()
 
 

@@ -108,9 +108,9 @@ def _templates(folder: Path, value: Any) -> dict[str, str]:
         templates["default"] = value
     elif isinstance(value, list):
         for entry in value:
-            pair = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else ()
-            if pair and all(isinstance(part, str) for part in pair):
-                templates[pair[0]] = pair[1]
+            name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+            if isinstance(name, str) and isinstance(text, str):
+                templates[name] = text
     files = [("default", folder / "chat_template.jinja")]
     extra = folder / "additional_chat_templates"
     if extra.is_dir():

@@ -12,8 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import codec, messages
-from pipeline.messages import (Abort, Add, Adds, Deltas, Logprobs, Route, StepOut, Submit, Tensor, TextDelta, TokenOut, Usage,
-                               pack_ids, unpack_ids)
+from pipeline.messages import (
+    Abort,
+    Add,
+    Adds,
+    Deltas,
+    Logprobs,
+    Route,
+    StepOut,
+    Submit,
+    Tensor,
+    TextDelta,
+    TokenOut,
+    Usage,
+    pack_ids,
+    unpack_ids,
+)
 from pipeline.params import DetokSpec, SamplingParams
 from pipeline.schema import BadFrame, Range
 

@@ -66,8 +66,8 @@ class Family:
 
 DEFAULTS: Config = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False,
                     "tie_word_embeddings": False, "max_position_embeddings": 2048}
-NAMES = {
-    "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+NAMES = {                       # of a layer's parts below the layer; embed and norm below the decoder
+    "embed": "embed_tokens", "norm": "norm", "head": "lm_head",
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
@@ -178,7 +178,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def describe(config: Config) -> Arch:
-    """The architecture of a config.json. Unfit when no description fits; KeyError never leaves here."""
+    """The architecture of a config.json; of a multimodal model, that of its language model.
+
+    Unfit when no description fits; KeyError never leaves here.
+    """
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("model_type") in FAMILIES:
+        tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+        config = {**tied, **text}
     name = config["model_type"]
     family = FAMILIES.get(name)
     if family is None:

@@ -117,24 +117,25 @@ def load_decoder(arch: Arch, weights: Weights, ops: Ops, longest: int,
                  progress: Callable[[int], None]) -> Decoder:
     """Read, fuse and pack the weights of `arch` for up to `longest` positions. StartError when the files do not fit."""
     ropes = [RopeTable(*tables(rope, longest)) for rope in arch.ropes]
-    embedding = weights.get(f"{arch.names['embed']}.weight", (arch.vocab, arch.hidden))
+    wide = (arch.vocab, arch.hidden)
+    embed_name = weights.find(f"{arch.names['embed']}.weight", wide) or f"model.{arch.names['embed']}.weight"
+    weights.base = embed_name.removesuffix(f"{arch.names['embed']}.weight")
+    embedding = weights.get(embed_name, wide)
     layers = []
     for number, layer in enumerate(arch.layers):
         progress(100 * number // len(arch.layers))
-        reader = _LayerReader(arch, weights, ops, f"model.layers.{number}.")
+        reader = _LayerReader(arch, weights, ops, f"{weights.base}layers.{number}.")
         rope = None if layer.rope is None else ropes[layer.rope]
         window = layer.window if layer.window is not None and layer.window < longest else None
         spec = AttentionSpec(scale=arch.attn_scale, window=window, softcap=arch.attn_softcap)
         layers.append(reader.read(rope, spec))
-    reader = _LayerReader(arch, weights, ops, "")
+    reader = _LayerReader(arch, weights, ops, weights.base)
     norm = reader.norm("norm", arch.hidden)
     assert norm is not None
-    head_name = f"{arch.names['head']}.weight"
+    head_name = weights.find(f"{arch.names['head']}.weight", wide) or f"{arch.names['head']}.weight"
     if arch.tied:
-        head = ops.pack(embedding, None)
         weights.ignore(head_name)
-    else:
-        head = ops.pack(weights.get(head_name, (arch.vocab, arch.hidden)), None)
+    head = ops.pack(embedding if arch.tied else weights.get(head_name, wide), None)
     return Decoder(arch, ops, embedding, layers, norm, head)
 
 

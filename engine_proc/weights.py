@@ -27,6 +27,7 @@ class Weights:
         self.dtype = dtype or self.native()
         self._files: dict[Path, safe_open] = {}
         self._taken: set[str] = set()
+        self.base = ""                  # what the names of the decoder's own tensors begin with
 
     def native(self) -> torch.dtype:
         """The dtype that holds most of the checkpoint's bytes; StartError for integers and 8-bit floats."""
@@ -40,6 +41,14 @@ class Weights:
 
     def __contains__(self, name: str) -> bool:
         return name in self.table
+
+    def find(self, ending: str, shape: tuple[int, ...]) -> str | None:
+        """The name of the one tensor that ends so and has this shape; StartError when several do."""
+        found = [name for name, info in self.table.items()
+                 if (name == ending or name.endswith("." + ending)) and info.shape == shape]
+        if len(found) > 1:
+            raise refuse(f"The checkpoint {self.directory} has several tensors '{ending}'.")
+        return found[0] if found else None
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of its own, contiguous, of the given shape; StartError when it is missing or of another shape."""
@@ -74,8 +83,10 @@ class Weights:
         self._taken.add(name)
 
     def left_over(self) -> list[str]:
-        """Tensors that nobody took and that matter."""
-        return sorted(name for name in self.table if name not in self._taken and not name.endswith(IGNORED))
+        """Tensors that nobody took and that matter; the towers of a multimodal model do not."""
+        nested = self.base not in ("", "model.")
+        return sorted(name for name in self.table if name not in self._taken and not name.endswith(IGNORED)
+                      and (not nested or name.startswith(self.base) or "lm_head" in name))
 
     def close(self) -> None:
         """Unmap the files."""

@@ -258,7 +258,7 @@ def test_reference_attention_equals_the_plain_formula(spec: AttentionSpec) -> No
 
 def test_a_request_that_is_not_a_number_ends_alone(tiny: Path) -> None:
     """One embedding row is poisoned; who uses it fails, its neighbours and the next user of its blocks do not."""
-    runner = load(tiny, num_kv_blocks=12)
+    runner = load(tiny, num_kv_blocks=12, kernels=False)
     given = prompts([30, 20, 25])
     clean = [Driver(runner).run(sequence(i, prompt, 10))[0] for i, prompt in enumerate(given)]
     embedding = runner.model.embedding  # type: ignore[attr-defined]

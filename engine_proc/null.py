@@ -7,13 +7,15 @@ pre-emption and continuation cannot change a text. `null_script` is a mode and o
     count           the last id plus one, modulo the vocabulary
     hash            a hash of the last four ids and, unless greedy, the seed and the choice (the default)
     eos_after=N     the output id number N (from 0) is the end of sequence
+    hang_at=N       the output id number N of a choice without history never comes: the loop hangs for good, as a
+                    wrong kernel or a deadlock would make it. The successor, which has a history, passes.
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from zlib import crc32
 
 import numpy as np
@@ -28,6 +30,7 @@ from pipeline.messages import Logprobs
 DEFAULT_BLOCKS = 4096
 DEFAULT_VOCAB = 32_000
 MODES = ("hash", "echo", "count")
+NUMBERS = ("eos_after", "hang_at")
 WINDOW = 4                    # ids that "hash" looks at
 
 
@@ -37,23 +40,26 @@ class Script:
 
     mode: str = "hash"
     eos_after: int | None = None
+    hang_at: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Script:
-        mode, eos_after = "hash", None
+        mode, numbers = "hash", dict[str, int]()
         for part in filter(None, (p.strip() for p in text.split(";"))):
             name, _, value = part.partition("=")
             if name in MODES and not value:
                 mode = name
-            elif name == "eos_after" and value.isdigit():
-                eos_after = int(value)
+            elif name in NUMBERS and value.isdigit():
+                numbers[name] = int(value)
             else:
                 raise StartError(CONFIG, f"The null engine's script does not know '{part}'.")
-        return cls(mode=mode, eos_after=eos_after)
+        return cls(mode=mode, **numbers)
 
     def next_id(self, seq: Sequence, ids: Ids[int], vocab_size: int) -> int:
         """The id that follows `ids` (prompt and output so far) in `seq`."""
         output = len(ids) - seq.num_prompt
+        if output == self.hang_at and not seq.num_history:
+            _hang()
         may_end = output >= seq.sampling.min_tokens
         if self.eos_after is not None and output >= self.eos_after and may_end and seq.eos_id >= 0:
             return seq.eos_id
@@ -126,6 +132,12 @@ class NullRunner:
             scored = seq.tokens[start + 1:min(start + count + 1, seq.num_prompt)]
             result.prompt_logprobs = _logprobs(scored, seq.sampling.prompt_logprobs or 0, self.vocab_size)
         return result
+
+
+def _hang() -> NoReturn:
+    """What a loop looks like that has work and never turns again."""
+    while True:
+        time.sleep(1.0)
 
 
 def _logprobs(ids: Ids[int], k: int, vocab_size: int) -> Logprobs:

@@ -60,8 +60,9 @@ def load_runner(model: ModelConfig, progress: Progress) -> ModelRunner:
     directory = Path(model.path)
     config = checkpoint.check(directory)
     refuse_unsupported(config)
-    threads = engine.threads or available_cores()
-    torch.set_num_threads(threads)
+    if engine.quantization not in (None, "int8"):
+        raise StartError(CONFIG, f"There is no quantization '{engine.quantization}'; the one there is, is int8.")
+    torch.set_num_threads(engine.threads or available_cores())
     device = choose(engine.device)
     progress("loading weights", 0)
     try:
@@ -119,6 +120,7 @@ def load_model(model: ModelConfig, config: dict[str, Any], device: Device,
     if model.engine.quantization is not None:
         raise StartError(CONFIG, f"--quantization {model.engine.quantization} works with the own backend only.")
     from engine_proc.hf_model import load_hf_model
+    torch.set_num_threads(model.engine.threads or available_cores())
     dtype = _dtype(model.engine, Weights(directory), device)
     hf, shape = load_hf_model(directory, dtype, model, device, lambda percent: progress("loading weights", percent))
     return hf, shape, _facts(config, dtype, device, "transformers", why)
@@ -157,7 +159,7 @@ def choose_ops(engine: EngineConfig, arch: architectures.Arch, dtype: torch.dtyp
         if made is not None:
             torch.set_num_threads(1)        # the kernels have threads of their own; two pools would fight for the cores
             log.info("CPU kernels: %s", made.describe())
-            return fused.KernelOps(made, "int8" if engine.quantization == "int8" else None)
+            return fused.KernelOps(made, "int8" if engine.quantization else None)
         reason = f"they do not know {unfit}" if unfit is not None else "no C compiler was found"
     if engine.quantization is not None:
         raise StartError(CONFIG, f"--quantization {engine.quantization} needs the CPU kernels, and {reason}.")

@@ -104,6 +104,9 @@ class Ingress:
 
     def stray(self, http: HttpRequest, error: BaseException) -> HTTPResponse:
         """The response for what never reached a handler: unknown paths, wrong methods, broken requests."""
+        if isinstance(error, asyncio.CancelledError):        # the client has gone; its handler has said so already
+            return HTTPResponse(error_body(QuartetError("draining", "The server is shutting down.")), status=503,
+                                content_type="application/json")
         call = Call.of(http)
         translated = _translate(error)
         if translated.code in ("not_found", "method_not_allowed"):
@@ -169,8 +172,7 @@ def _translate(error: BaseException) -> QuartetError:
             (exceptions.BadRequest, "invalid_request", "The HTTP request is malformed.")):
         if isinstance(error, kind):
             return QuartetError(code, message)
-    if not isinstance(error, asyncio.CancelledError):
-        log.error("an HTTP request failed unexpectedly", exc_info=error)
+    log.error("an HTTP request failed unexpectedly", exc_info=error)
     return QuartetError("internal_error", "The server failed to process the request.")
 
 

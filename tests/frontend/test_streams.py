@@ -160,6 +160,13 @@ async def test_leaving_aborts_everything(body: dict[str, Any], leave: str) -> No
             client.writer.close()
         await until(lambda: not len(server.table))
         assert server.pipeline.aborted == {s.rid for s in server.pipeline.submits}
+        for _ in range(10):
+            await asyncio.sleep(0)                           # what Sanic does after its task was cancelled
+        count = server.registry.get_sample_value
+        route = {"handler": "/v1/completions", "method": "POST"}
+        assert count("http_requests_total", {**route, "status": "4xx"}) == 1      # 499 in the log, and no 5xx anywhere
+        assert count("http_requests_total", {"handler": "other", "method": "POST", "status": "5xx"}) is None
+        assert count("quartet:aborts_total", {"reason": "client_gone"}) == 1
 
 
 async def test_leaving_in_the_middle_of_a_stream() -> None:

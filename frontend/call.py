@@ -6,6 +6,8 @@ Run by the frontend; one object per call.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -68,9 +70,15 @@ class Call:
             self.last()
 
     def cut(self) -> None:
-        """Reset the connection: nothing true can be said on it any more."""
+        """Reset the connection: nothing true can be said on it any more.
+
+        Without the option the kernel would go on offering what it holds to a client that takes nothing.
+        """
         transport: Any = self.http.transport
         if transport is not None:
+            sock = transport.get_extra_info("socket")
+            if sock is not None and not transport.is_closing():
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
 
     async def read(self, limit: int) -> None:

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline import sockets
+from pipeline.beacon import BeaconWatcher
+from pipeline.config import load
+from pipeline.messages import Kind, Load
 from tests.serving import Server, gguf
+from tests.waiting import until
 
 PIPELINE = ("tokenizer_proc", "engine_proc", "detok_proc")
 STAGES = ("frontend", *PIPELINE)
@@ -54,12 +59,12 @@ class Resources:
     @classmethod
     def of(cls, pid: int) -> Resources:
         fds = list(Path(f"/proc/{pid}/fd").iterdir())
-        sockets = 0
+        num_sockets = 0
         for fd in fds:
             with contextlib.suppress(OSError):
-                sockets += os.readlink(fd).startswith("socket:")
+                num_sockets += os.readlink(fd).startswith("socket:")
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return cls(len(fds), len(list(Path(f"/proc/{pid}/task").iterdir())), sockets,
+        return cls(len(fds), len(list(Path(f"/proc/{pid}/task").iterdir())), num_sockets,
                    pages * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -67,6 +72,47 @@ def resources(server: Server) -> dict[str, Resources]:
     """Of each stage and of the launcher; one process a stage."""
     pids = {stage: pid for stage in STAGES for pid in server.pids(stage)}
     return {name: Resources.of(pid) for name, pid in {**pids, "launcher": server.process.pid}.items()}
+
+
+class Loads:
+    """The load that each stage tells in its beacon, ten times a second: metrics are published once a second only."""
+
+    def __init__(self, server: Server) -> None:
+        config = load(Path(server.run_dir) / "config.json")
+        self._context = sockets.context()
+        self._watcher = BeaconWatcher(self._context, config, config.members())
+
+    def __enter__(self) -> Loads:
+        until(self._heard_all, 10, "a beacon of each stage")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watcher.close()
+        self._context.destroy(linger=0)
+
+    def _heard_all(self) -> bool:
+        self._watcher.drain()
+        return all((kind, 0) in self._watcher.latest for kind in list(Kind)[:4])
+
+    def of(self, kind: Kind) -> Load:
+        """What a stage said last."""
+        while self._watcher.drain():
+            pass
+        return self._watcher.latest[kind, 0].beacon.load
+
+    @property
+    def running(self) -> int:
+        return self.of(Kind.ENGINE).running
+
+    @property
+    def waiting(self) -> int:
+        return self.of(Kind.ENGINE).waiting
+
+    def until_idle(self, seconds: float = 5.0) -> None:
+        """No stage holds anything, and no KV block is in use."""
+        for kind in list(Kind)[:4]:
+            for name in ("running", "waiting", "kv_used", "outstanding_bytes"):
+                until(lambda kind=kind, name=name: getattr(self.of(kind), name) == 0, seconds, f"{kind.name} {name} 0")
 
 
 def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:

@@ -146,8 +146,9 @@ class Edge:
         elif isinstance(message, edge.Credit):
             call = session.calls.get(message.cid)
             if call is not None:
+                if call.credit <= 0:
+                    call.news.set()
                 call.credit = min(edge.CREDIT, call.credit + message.add)
-                call.news.set()
         elif isinstance(message, edge.Ping):
             self._send(identity, edge.Pong(message.number))
         else:

@@ -17,6 +17,7 @@ from pipeline.messages import Finish, Logprobs, unpack_ids
 # Everything outside ASCII is escaped: some clients split a stream's lines at U+2028 and its like.
 quote = json.encoder.encode_basestring_ascii
 
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length"}
 
 
@@ -26,7 +27,10 @@ def dump(value: Any) -> bytes:
 
 
 def dump_ascii(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    """Compact ASCII JSON; ValueError for NaN. Made for many small values: most are None or a word."""
+    if value is None:
+        return "null"
+    return quote(value) if type(value) is str else _ENCODER.encode(value)
 
 
 def finish_reason(finish: Finish) -> str | None:

@@ -81,6 +81,7 @@ class Stream:
     def __init__(self, client: AsyncClient, cid: int, call: _Call) -> None:
         self._client, self._cid, self._call = client, cid, call
         self._pending: deque[edge.Chunk] = deque()
+        self._owed = 0                                    # messages taken since the last Credit
         self.usage: dict[str, Any] | None = None
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -91,7 +92,10 @@ class Stream:
             while not self._pending:
                 if self._call.chunks:
                     self._pending.extend(self._call.chunks.popleft())
-                    self._client.send(edge.Credit(self._cid, 1))
+                    self._owed += 1
+                    if self._owed >= edge.CREDIT // 2:
+                        self._client.send(edge.Credit(self._cid, self._owed))
+                        self._owed = 0
                 elif self._call.end is not None:
                     self._finish(self._call.end)
                 else:

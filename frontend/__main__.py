@@ -50,10 +50,11 @@ class Process:
         self._metrics = FrontendMetrics(config, context.registry, context.index)
         self._table = RequestTable(RidMaker(context.index, context.epoch), self._stages, context.sender,
                                    time.monotonic_ns, self._metrics)
+        admission = Admission(config.limits, config.frontends)
+        self._metrics.watch(admission, context.registry)
         self._keys = Keys(config.http)
         self._frontend = Frontend(
-            config, self._table, self._stages, Admission(config.limits, config.frontends), self._metrics, self._keys,
-            lambda: self._watcher.metrics)
+            config, self._table, self._stages, admission, self._metrics, self._keys, lambda: self._watcher.metrics)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()

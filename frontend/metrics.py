@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from frontend.admission import Admission
 from frontend.request import Request
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
@@ -56,6 +57,13 @@ class FrontendMetrics:
                               registry=registry).labels(f"frontend.{index}")
         for reason in AbortReason:
             self._aborts.labels(reason.name.lower())
+
+    def watch(self, admission: Admission, registry: CollectorRegistry) -> None:
+        """Show what of the permits is taken."""
+        permits = Gauge("quartet:permits_in_use", "Permits taken, by what is limited.", ["limit"], registry=registry)
+        permits.labels("requests").set_function(lambda: admission.requests)
+        permits.labels("bytes").set_function(lambda: admission.num_bytes)
+        permits.labels("tokens").set_function(lambda: admission.tokens)
 
     # ---- the table's observer ----
 

@@ -7,6 +7,7 @@ models that compute something else this way. Engine process; the only file of it
 """
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,7 @@ class HfModel:
         self._batch: AttentionBatch | None = None
         self._cache: PagedAttention | None = None
         self._seen: dict[int, tuple[int, int]] = {}     # while probing: layer -> (kv heads, head dim)
+        self._keeps = "logits_to_keep" in inspect.signature(self.net.forward).parameters
         self.device = device
         self.vocab_size = 0
 
@@ -67,11 +69,12 @@ class HfModel:
         """Logits of the wanted rows, [R, vocab]; `logits` has nothing left to do."""
         self._batch, self._cache = batch.attention, cache
         try:
+            keep = {"logits_to_keep": batch.rows} if self._keeps else {}
             out = self.net(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
-                           logits_to_keep=batch.rows).logits[0]
+                           **keep).logits[0]
         finally:
             self._batch = self._cache = None
-        return out
+        return out if self._keeps else out[batch.rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32, of memory of its own."""
@@ -135,7 +138,7 @@ class HfModel:
                                    device=self.device.torch_device, **shape)
             parts, start = [], 0
             for count in PROBE_CHUNKS:
-                parts.append(self.forward(self._chunk(ids, start, count), cache).float())
+                parts.append(self.forward(self._chunk(ids, start, count), cache).float().flip(0))
                 start += count
         difference = (torch.log_softmax(torch.cat(parts), dim=-1) - expected).abs()
         likely = expected > expected.amax(dim=-1, keepdim=True) - 10.0      # the tail says little in half precision
@@ -143,12 +146,13 @@ class HfModel:
             raise Unpaged("it computes something else with a paged cache than without")
 
     def _chunk(self, ids: torch.Tensor, start: int, count: int) -> ModelBatch:
+        """A piece of one sequence whose rows are wanted in reverse, to see that the model picks the rows it is told."""
         end = start + count
         tensor = self.device.tensor
         positions = np.arange(start, end)
         starts, lengths = np.array([0, count], np.int32), np.array([end], np.int32)
         return ModelBatch(
-            ids=ids[start:end], positions=tensor(positions), rows=tensor(np.arange(count)),
+            ids=ids[start:end], positions=tensor(positions), rows=tensor(np.arange(count)[::-1].copy()),
             attention=AttentionBatch(
                 query_start=tensor(starts), context_len=tensor(lengths), slots=tensor(positions + 1),
                 block_tables=tensor(np.arange(1, end + 1, dtype=np.int32)[None]), num_decodes=int(count == 1),

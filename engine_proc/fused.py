@@ -69,8 +69,8 @@ class FusedDecoder:
         assert isinstance(net.ops, KernelOps)
         arch = net.arch
         self.vocab_size, self._arch, self._cache, self._head = net.vocab_size, arch, cache, _packed(net.head)
-        specs = net.layers[0].spec
-        self._decoder = net.ops.kernels.decoder(DecoderModel(
+        specs, self._kernels = net.layers[0].spec, net.ops.kernels
+        self._decoder = self._kernels.decoder(DecoderModel(
             layers=tuple(_layer(layer, cache.k[i], cache.v[i]) for i, layer in enumerate(net.layers)),
             embedding=net.embedding, final_norm=net.norm.weight, head=None, q_heads=arch.heads, kv_heads=arch.kv_heads,
             head_dim=arch.head_dim, eps=arch.norm_eps, scale=specs.scale, softcap=specs.softcap or 0.0,
@@ -96,6 +96,12 @@ class FusedDecoder:
         if self._arch.logit_softcap is not None:
             logits = torch.tanh(logits / self._arch.logit_softcap) * self._arch.logit_softcap
         return logits
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best token of each row, int64 [R], and whether its logit is a number, bool [R]."""
+        tokens, _, nan = self._kernels.argmax(logits)
+        best = logits.gather(1, tokens.long().unsqueeze(1))[:, 0]
+        return tokens.long(), ~nan & torch.isfinite(best)
 
     def take_times(self) -> dict[str, float]:
         """Seconds by kind of operation since the last call, where it is measured."""

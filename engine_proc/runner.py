@@ -58,6 +58,7 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self.facts = facts
         self.model, self.cache, self.device = model, cache, device
+        self._argmax: sampler.Argmax | None = getattr(model, "argmax", None)
         self.slots = Slots(config.max_num_seqs, model.vocab_size, max_model_len + 1, device.torch_device)
         self._builder = BatchBuilder(device, config.block_size, config.max_step_tokens, config.max_num_seqs,
                                      -(-max_model_len // config.block_size))
@@ -79,7 +80,7 @@ class ModelRunner:
         count = len(batch.sampled)
         if count:
             rows = self.slots.gather(batch.slots, batch.position)
-            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots)
+            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax)
             ranked_rows = result.ranked_rows
             sampled = self.device.fetch([result.tokens, result.valid, *_tensors(result.ranked)])
         scored = []

@@ -45,3 +45,14 @@ def no_process_is_left() -> Iterator[None]:
         until(lambda: children() <= before, 3.0)
     left = {pid: _command(pid) for pid in children() - before}
     assert not left, f"the test left child processes: {left}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks_in_shared_servers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A snapshot around every test of a server that several tests share: descriptors, threads, gauges of work."""
+    names = set(request.fixturenames) & {"null", "smollm", "slow_null", "real"}
+    servers = [request.getfixturevalue(name) for name in sorted(names)]
+    before = [server.held() for server in servers]
+    yield
+    for server, held in zip(servers, before):
+        server.assert_nothing_leaked(held)

@@ -160,6 +160,27 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines()
                    if line.startswith((name + "{", name + " ")))
 
+    def held(self) -> dict[int, tuple[str, int, int]]:
+        """pid -> stage, file descriptors and threads of every stage process."""
+        found = {}
+        for pid, stage in processes_of(self.run_dir).items():
+            with contextlib.suppress(OSError):
+                found[pid] = (stage, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")))
+        return found
+
+    def assert_nothing_leaked(self, before: dict[int, tuple[str, int, int]], seconds: float = 5.0) -> None:
+        """Processes that lived through a test hold what they held, and no work is left.
+
+        A few are no leak: sockets are connected at first use, clients outlive tests, and a frontend's thread pool grows
+        to its bound. What leaks per request is the soak test's business.
+        """
+        def steady() -> bool:
+            now = self.held()
+            return all(now[pid][1] <= fds + 32 and now[pid][2] <= threads + 8
+                       for pid, (_, fds, threads) in before.items() if pid in now)
+        until(steady, seconds, f"descriptors and threads as before: {before} -> {self.held()}")
+        self.assert_idle(seconds)
+
     def assert_idle(self, seconds: float = 5.0) -> None:
         """All gauges of work are back at zero."""
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):

@@ -61,9 +61,9 @@ class Kernels(ABC):
     ) -> PackedLinear:
         """Packs weight [N, K] (float32 or bfloat16; copied) with an optional bias [N].
 
-        `dtype` is the stored type, by default the weight's; int8 has one scale per output and 64 inputs and
-        quantises activations per row and 32 inputs. With `gate` the weight is [2n, K], n gate rows and then n up rows, and the layer
-        returns act(gate) * up, [T, n].
+        `dtype` is the stored type, by default the weight's; int8 has one scale per output and 64 inputs
+        and quantises activations per row and 32 inputs. With `gate` the weight is [2n, K], n gate rows and then n up
+        rows, and the layer returns act(gate) * up, [T, n].
         """
 
     @abstractmethod

@@ -91,8 +91,11 @@ void attention_plan_make(attention_plan *plan, const attention_args *a, int size
 
 void attention_team(const attention_plan *plan, int tid, int size) {
     float *work = plan->work + plan->work_floats * tid;
-    long end;
-    for (long i; (i = team_take(plan->items, 1, &end)) >= 0;) attention_item_run(plan, plan->item + i, work);
+    /* the heads of a sequence lie side by side in the cache: with items enough, one thread takes them one by one */
+    long step = plan->items >= 4 * plan->args->kv_heads * size && !plan->splits ? plan->args->kv_heads : 1, end;
+    for (long i; (i = team_take(plan->items, step, &end)) >= 0;)
+        for (; i < end; i++)
+            attention_item_run(plan, plan->item + i, i + 1 < end ? plan->item + i + 1 : NULL, work);
     team_barrier(size);
     if (!plan->splits) return;
     for (long i; (i = team_take(plan->splits, 1, &end)) >= 0;) attention_merge_run(plan, plan->merge + i, work);

@@ -51,7 +51,9 @@ void attention_team(const attention_plan *plan, int tid, int size);
 
 /* attention_core.c */
 long attention_work_floats(const attention_args *args);
-void attention_item_run(const attention_plan *plan, const attention_item *item, float *work);
+/* `after`, if any, is what this thread will do next: its first rows are asked for in advance. */
+void attention_item_run(const attention_plan *plan, const attention_item *item, const attention_item *after,
+                        float *work);
 void attention_merge_run(const attention_plan *plan, const attention_item *item, float *work);
 long attention_partial_floats(const attention_args *args, const attention_item *item);
 

@@ -10,6 +10,9 @@
 
 #include "tile.h"
 
+#define DIRECT_ROWS 8 /* up to here values are not widened into a panel */
+#define LOG2E 1.4426950408889634
+
 typedef struct {
     long group, rows, dim, width; /* query heads per kv head; rows = tokens * group; width = dim rounded up to 32 */
     float *q, *keys, *values, *scores, *out, *total;
@@ -77,96 +80,181 @@ static void locate(const attention_args *a, const attention_item *item, long sta
     }
 }
 
-/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero. */
-INLINE void load_keys(const attention_args *a, workspace *w, const long *at, long n, const int is_bf16) {
-    const long per_vector = is_bf16 ? 32 : 16; /* elements in sixteen 32-bit lanes */
+/* Asks for the rows at `at` while something else is computed: the processor's own prefetcher does not follow the strides
+ * of one head through the cache, and waiting for memory was two thirds of a decode step's attention. */
+INLINE void prefetch_row(const void *cache, long at, long bytes, int is_bf16) {
+    if (at < 0) return;
+    const char *p = (const char *)cache + at * (is_bf16 ? 2 : 4);
+    for (long i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
+/* Sixteen rows of the cache become columns of a key panel; `words` 32-bit lanes of each, absent rows are NULL. */
+INLINE void transpose_keys(const char *const row[16], long offset, int words, float *to, const int is_bf16,
+                           const int whole) {
+    v16 r[16];
+    for (int i = 0; i < 16; i++) {
+        const float *p = (const float *)(row[i] + offset);
+        if (whole) r[i] = v_load(p);
+        else r[i] = row[i] ? v_load_n(p, words) : v_zero();
+    }
+    v_transpose16(r);
+    for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
+        if (!whole && i == words) break;
+        if (is_bf16) {
+            v_store(to, v_pair_even(r[i]));
+            v_store(to + PANEL, v_pair_odd(r[i]));
+        } else {
+            v_store(to, r[i]);
+        }
+    }
+}
+
+/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys and values
+ * at `next` are asked for. */
+INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+                      const int is_bf16) {
+    const long bytes = w->dim * (is_bf16 ? 2 : 4), step = is_bf16 ? 32 : 16; /* dims in sixteen 32-bit lanes */
     for (long t = 0; t < n; t += 16) {
         float *panel = w->keys + t / PANEL * w->dim * PANEL + t % PANEL;
-        for (long d = 0; d < w->dim; d += per_vector) {
-            v16 r[16];
-            int left = (int)(w->dim - d < per_vector ? w->dim - d : per_vector), words = is_bf16 ? left / 2 : left;
-            for (long i = 0; i < 16; i++) {
-                if (t + i >= n || at[t + i] < 0) {
-                    r[i] = v_zero();
-                    continue;
-                }
-                const char *p = (const char *)a->k_cache + (at[t + i] + d) * (is_bf16 ? 2 : 4);
-                r[i] = words == 16 ? v_load((const float *)p) : v_load_n((const float *)p, words);
-            }
-            v_transpose16(r);
-            for (int i = 0; i < words; i++) {
-                float *to = panel + (d + (is_bf16 ? 2 * i : i)) * PANEL;
-                if (is_bf16) {
-                    v_store(to, v_pair_even(r[i]));
-                    v_store(to + PANEL, v_pair_odd(r[i]));
-                } else {
-                    v_store(to, r[i]);
-                }
-            }
+        const char *row[16];
+        int present = 1;
+        for (long i = 0; i < 16; i++) {
+            row[i] = t + i < n && at[t + i] >= 0 ? (const char *)a->k_cache + at[t + i] * (is_bf16 ? 2 : 4) : NULL;
+            present &= row[i] != NULL;
+            prefetch_row(a->k_cache, next[t + i], bytes, is_bf16);
+            prefetch_row(a->v_cache, next[t + i], bytes, is_bf16);
+        }
+        for (long d = 0; d < w->dim; d += step) {
+            long left = (bytes - d * (is_bf16 ? 2 : 4)) / 4, offset = d * (is_bf16 ? 2 : 4);
+            if (present && left >= 16) transpose_keys(row, offset, 16, panel + d * PANEL, is_bf16, 1);
+            else transpose_keys(row, offset, left < 16 ? (int)left : 16, panel + d * PANEL, is_bf16, 0);
         }
     }
 }
 
-/* values[dim / 32][64][32] from n rows of the cache; the padding of the last panel becomes zero. */
+/* values[dim / 32][64][32] from n rows of the cache; rows that are not there and padding become zero. */
 INLINE void load_values(const attention_args *a, workspace *w, const long *at, long n, const int is_bf16) {
-    for (long t = 0; t < n; t++)
-        for (long d = 0; d < w->width; d += 16) {
-            int left = lanes(w->dim - d);
-            v16 v = left && at[t] >= 0 ? v_load_any_n(a->v_cache, at[t] + d, left, is_bf16) : v_zero();
-            v_store(w->values + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL, v);
+    for (long t = 0; t < n; t++) {
+        float *to = w->values + t * PANEL;
+        long d = 0, dim = at[t] < 0 ? 0 : w->dim;
+        for (; d + PANEL <= dim; d += PANEL, to += CHUNK * PANEL) {
+            v_store(to, v_load_any(a->v_cache, at[t] + d, is_bf16));
+            v_store(to + 16, v_load_any(a->v_cache, at[t] + d + 16, is_bf16));
         }
-}
-
-static void scale_row(float *x, long n, float factor) {
-    v16 f = v_set1(factor);
-    for (long i = 0; i < n; i += 16) v_store(x + i, v_mul(v_load(x + i), f));
-}
-
-/* Scores of one row for tokens [0, n) of a chunk become weights; lanes outside [lo, hi) become zero. */
-static void softmax_row(const attention_args *a, workspace *w, long row, long lo, long hi, long n) {
-    float *s = w->scores + row * CHUNK;
-    v16 minus_inf = v_set1(-INFINITY), scale = v_set1((float)a->scale), most = minus_inf, total = v_zero();
-    if (hi <= lo) {
-        for (long i = 0; i < n; i += 16) v_store(s + i, v_zero());
-        return;
+        for (; d < w->width; d += PANEL, to += CHUNK * PANEL) {
+            v_store(to, v_load_any_n(a->v_cache, at[t] + d, lanes(dim - d), is_bf16));
+            v_store(to + 16, v_load_any_n(a->v_cache, at[t] + d + 16, lanes(dim - d - 16), is_bf16));
+        }
     }
-    for (long i = 0; i < n; i += 16) {
-        v16 v = v_mul(v_load(s + i), scale);
-        if (a->softcap > 0) {
-            v16 cap = v_set1((float)a->softcap);
-            v = v_mul(cap, v_tanh(v_div(v, cap)));
+}
+
+/* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
+ * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
+INLINE void add_values(const attention_args *a, workspace *w, const long *at, long n, const int rows,
+                       const int is_bf16, const int whole) {
+    for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
+        v16 acc[DIRECT_ROWS][TILE_VECS];
+        const float *scores = w->scores;
+        float *out = w->out + d;
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
+        for (long t = 0; t < n; t++) {
+            if (at[t] < 0) continue;
+            long from = at[t] + d;
+            v16 v[TILE_VECS];
+            for (int j = 0; j < TILE_VECS; j++)
+                v[j] = v_pin(whole ? v_load_any(a->v_cache, from + 16 * j, is_bf16)
+                                   : v_load_any_n(a->v_cache, from + 16 * j, lanes(w->dim - d - 16 * j), is_bf16));
+            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+                v16 s = v_set1(scores[r * CHUNK + t]);
+                for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(s, v[j], acc[r][j]);
+            }
         }
-        int from = lanes(lo - i), to = lanes(hi - i);
-        if (from > 0 || to < 16) v = v_keep(v, from, to, minus_inf);
-        v_store(s + i, v);
-        most = v_max(most, v);
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < TILE_VECS; j++) v_store(out + r * w->width + 16 * j, acc[r][j]);
+    }
+}
+
+static void add_values_of(const attention_args *a, workspace *w, const long *at, long n) {
+    int whole = w->dim % (16 * TILE_VECS) == 0;
+#define CASE(m)                                                            \
+    case m:                                                                \
+        if (a->cache_bf16 && whole) add_values(a, w, at, n, m, 1, 1);      \
+        else if (a->cache_bf16) add_values(a, w, at, n, m, 1, 0);          \
+        else if (whole) add_values(a, w, at, n, m, 0, 1);                  \
+        else add_values(a, w, at, n, m, 0, 0);                             \
+        break
+    switch (w->rows) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+    }
+}
+
+static void scale_row(float *x, long n, v16 factor) {
+    for (long i = 0; i < n; i += 16) v_store(x + i, v_mul(v_load(x + i), factor));
+}
+
+/* Scores of one row for tokens [0, n) of a chunk become weights; lanes outside [lo, hi) become zero.  `whole`: nothing is
+ * masked and n is CHUNK.  Maxima and weights are in base 2. */
+INLINE void softmax_body(const attention_args *a, workspace *w, long row, long lo, long hi, long n, const int whole,
+                         const int capped) {
+    float *s = w->scores + row * CHUNK;
+    v16 scale = v_set1((float)(a->scale * (capped ? 1.0 / a->softcap : LOG2E))), total = v_zero();
+    v16 cap = v_set1((float)(a->softcap * LOG2E)), most = v_set1(-INFINITY), v[CHUNK / 16];
+    for (long i = 0; i < CHUNK / 16; i++) {
+        if (!whole && 16 * i >= n) break;
+        v[i] = v_mul(v_load(s + 16 * i), scale);
+        if (capped) v[i] = v_mul(cap, v_tanh(v[i]));
+        if (!whole) v[i] = v_keep(v[i], lanes(lo - 16 * i), lanes(hi - 16 * i), v_set1(-INFINITY));
+        most = v_max(most, v[i]);
     }
     float old = w->max[row], now = v_hmax(most);
     now = now > old ? now : old;
     v16 shift = v_set1(now);
-    for (long i = 0; i < n; i += 16) {
-        v16 p = v_exp(v_sub(v_load(s + i), shift));
-        int from = lanes(lo - i), to = lanes(hi - i);
-        if (from > 0 || to < 16) p = v_keep(p, from, to, v_zero());
-        v_store(s + i, p);
+    for (long i = 0; i < CHUNK / 16; i++) {
+        if (!whole && 16 * i >= n) break;
+        v16 p = v_exp2(v_sub(v[i], shift));
+        if (!whole) p = v_keep(p, lanes(lo - 16 * i), lanes(hi - 16 * i), v_zero());
+        v_store(s + 16 * i, p);
         total = v_add(total, p);
     }
+    float sum = w->sum[row];
     if (now > old) {
-        float alpha = expf(old - now); /* 0 for the first chunk */
-        w->sum[row] *= alpha;
+        v16 alpha = v_exp2(v_set1(old - now)); /* 0 for the first chunk */
+        sum *= v_lane0(alpha);
         scale_row(w->out + row * w->width, w->width, alpha);
         w->max[row] = now;
     }
-    w->sum[row] += v_sum(total);
+    w->sum[row] = sum + v_sum(total);
 }
 
-static void chunk_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n, long seen) {
-    long at[CHUNK];
-    locate(a, item, start, n, seen, at);
-    if (a->cache_bf16) load_keys(a, w, at, n, 1);
-    else load_keys(a, w, at, n, 0);
-    if (a->cache_bf16) load_values(a, w, at, n, 1);
-    else load_values(a, w, at, n, 0);
+static void softmax_row(const attention_args *a, workspace *w, long row, long lo, long hi, long n) {
+    int capped = a->softcap > 0;
+    if (hi <= lo) {
+        for (long i = 0; i < n; i += 16) v_store(w->scores + row * CHUNK + i, v_zero());
+    } else if (lo <= 0 && hi == CHUNK) {
+        if (capped) softmax_body(a, w, row, lo, hi, n, 1, 1);
+        else softmax_body(a, w, row, lo, hi, n, 1, 0);
+    } else {
+        if (capped) softmax_body(a, w, row, lo, hi, n, 0, 1);
+        else softmax_body(a, w, row, lo, hi, n, 0, 0);
+    }
+}
+
+/* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it. */
+static void chunk_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
+                      const long *at, const long *next) {
+    if (a->cache_bf16) load_keys(a, w, at, next, n, 1);
+    else load_keys(a, w, at, next, n, 0);
+    int direct = w->rows <= DIRECT_ROWS;
+    if (!direct && a->cache_bf16) load_values(a, w, at, n, 1);
+    else if (!direct) load_values(a, w, at, n, 0);
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
     for (long row = 0, rows; row < w->rows; row += rows) {
@@ -179,10 +267,11 @@ static void chunk_run(const attention_args *a, const attention_item *item, works
             long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
             softmax_row(a, w, r, lo > 0 ? lo : 0, hi, n);
         }
-        for (long d = 0; d < w->width; d += PANEL)
+        for (long d = 0; d < w->width && !direct; d += PANEL)
             tile_f32[rows](w->scores + row * CHUNK, CHUNK, w->values + d * CHUNK, n, w->out + row * w->width + d,
                            w->width, 1);
     }
+    if (direct) add_values_of(a, w, at, n);
 }
 
 /* total <- total merged with a part that has the given maximum, sum and unnormalised output. */
@@ -190,11 +279,11 @@ static void merge_row(workspace *w, long row, float max, float sum, const float 
     float *total = w->total + row * w->width;
     if (sum == 0.0f) return; /* the part is masked for this row */
     float now = max > w->total_max[row] ? max : w->total_max[row];
-    float a = expf(w->total_max[row] - now), b = expf(max - now);
-    w->total_sum[row] = w->total_sum[row] * a + sum * b;
+    v16 a = v_exp2(v_set1(w->total_max[row] - now)), b = v_exp2(v_set1(max - now));
+    w->total_sum[row] = w->total_sum[row] * v_lane0(a) + sum * v_lane0(b);
     w->total_max[row] = now;
     for (long d = 0; d < w->width; d += 16)
-        v_store(total + d, v_fma(v_load(total + d), v_set1(a), v_mul(v_load(out + d), v_set1(b))));
+        v_store(total + d, v_fma(v_load(total + d), a, v_mul(v_load(out + d), b)));
 }
 
 static void reset(float *max, float *sum, float *out, long rows, long width) {
@@ -216,28 +305,61 @@ static void finish(const attention_args *a, const attention_item *item, workspac
     }
 }
 
-void attention_item_run(const attention_plan *plan, const attention_item *item, float *work) {
-    const attention_args *a = plan->args;
-    workspace w = carve(a, item, work);
+typedef struct {
+    long start, end, seen; /* tokens: chunk-aligned start, end, and the first that any row may see */
+} span;
+
+/* What an item reads of the context. */
+static span visible(const attention_args *a, const attention_item *item) {
     long context = a->context_lens[item->sequence];
     long base = context - (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]);
-    long lo = a->window ? base + item->from - a->window + 1 : 0, hi = a->causal ? base + item->to : context;
-    long aligned = lo > 0 ? lo / CHUNK * CHUNK : 0;
+    long seen = a->window ? base + item->from - a->window + 1 : 0, end = a->causal ? base + item->to : context;
+    seen = seen > 0 ? seen : 0;
+    long start = seen / CHUNK * CHUNK, first = (long)item->part * PART, last = (long)item->part_end * PART;
+    return (span){start > first ? start : first, end < last ? end : last, seen};
+}
+
+/* Rows of the chunk at `start` of an item's span, all CHUNK entries (-1: none); returns its length. */
+static long chunk_at(const attention_args *a, const attention_item *item, const span *s, long start, long *at) {
+    long n = s->end - start < CHUNK ? s->end - start : CHUNK;
+    if (n > 0) locate(a, item, start, n, s->seen, at);
+    for (long t = n > 0 ? n : 0; t < CHUNK; t++) at[t] = -1;
+    return n;
+}
+
+static void write_partial(const attention_plan *plan, const attention_item *item, const workspace *w) {
+    float *to = plan->partials + item->partial;
+    memcpy(to, w->max, (size_t)w->rows * 4);
+    memcpy(to + w->rows, w->sum, (size_t)w->rows * 4);
+    memcpy(to + 2 * w->rows, w->out, (size_t)(w->rows * w->width) * 4);
+}
+
+void attention_item_run(const attention_plan *plan, const attention_item *item, const attention_item *after,
+                        float *work) {
+    const attention_args *a = plan->args;
+    workspace w = carve(a, item, work);
+    span s = visible(a, item);
+    long rows[2][CHUNK], *at = rows[0], *next = rows[1], n = chunk_at(a, item, &s, s.start, at);
     load_queries(a, item, &w);
     reset(w.total_max, w.total_sum, w.total, w.rows, w.width);
-    for (long part = item->part; part < item->part_end; part++) {
-        long start = part * PART > aligned ? part * PART : aligned, end = (part + 1) * PART < hi ? (part + 1) * PART : hi;
-        reset(w.max, w.sum, w.out, w.rows, w.width);
-        for (; start < end; start += CHUNK)
-            chunk_run(a, item, &w, start, end - start < CHUNK ? end - start : CHUNK, lo);
+    reset(w.max, w.sum, w.out, w.rows, w.width);
+    for (long start = s.start, following; n > 0; start += CHUNK, n = following) {
+        following = chunk_at(a, item, &s, start + CHUNK, next);
+        if (following <= 0 && after) {
+            span then = visible(a, after);
+            chunk_at(a, after, &then, then.start, next);
+        }
+        chunk_run(a, item, &w, start, n, at, next);
+        long *swap = at;
+        at = next;
+        next = swap;
+        if (following > 0 && (start + CHUNK) % PART) continue;
         if (item->partial >= 0) {
-            float *to = plan->partials + item->partial;
-            memcpy(to, w.max, (size_t)w.rows * 4);
-            memcpy(to + w.rows, w.sum, (size_t)w.rows * 4);
-            memcpy(to + 2 * w.rows, w.out, (size_t)(w.rows * w.width) * 4);
+            write_partial(plan, item, &w);
             return;
         }
         for (long r = 0; r < w.rows; r++) merge_row(&w, r, w.max[r], w.sum[r], w.out + r * w.width);
+        reset(w.max, w.sum, w.out, w.rows, w.width);
     }
     finish(a, item, &w);
 }

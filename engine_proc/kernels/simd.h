@@ -63,9 +63,10 @@ INLINE void store_scalar(void *p, long i, float v, int is_bf16) {
     else ((float *)p)[i] = v;
 }
 
-/* exp(x): Cody-Waite reduction and a degree-6 polynomial, about 1 ulp; exp(-inf) = 0, exp(NaN) = NaN. */
-INLINE v16 v_exp(v16 x) {
-    x = v_max(v_set1(-104.0f), x); /* x second: max returns its second operand when one is NaN */
+/* exp(x): Cody-Waite reduction and a degree-6 polynomial, about 1 ulp; exp(NaN) = NaN.  Below 2^-125 it is 0: scaling
+ * into the denormals costs over a hundred cycles in microcode, and every masked score would go there. */
+INLINE v16 v_exp(v16 given) {
+    v16 x = v_max(v_set1(-86.6f), given); /* x second: max returns its second operand when one is NaN */
     x = v_min(v_set1(88.7f), x);
     v16 n = v_round(v_mul(x, v_set1(1.44269504088896341f)));
     v16 r = v_fma(n, v_set1(-0.693359375f), x);
@@ -77,7 +78,20 @@ INLINE v16 v_exp(v16 x) {
     p = v_fma(p, r, v_set1(1.6666665459e-1f));
     p = v_fma(p, r, v_set1(5.0000001201e-1f));
     p = v_fma(p, v_mul(r, r), v_add(r, v_set1(1.0f)));
-    return v_ldexp(p, n);
+    return v_zero_below(v_ldexp(p, n), given, v_set1(-86.6f));
+}
+
+/* 2^x by a degree-6 Taylor polynomial, about 2 ulp; 0 below 2^-125, NaN stays.  For x in base 2. */
+INLINE v16 v_exp2(v16 given) {
+    v16 x = v_max(v_set1(-125.0f), given);
+    v16 n = v_round(x), r = v_sub(x, n);
+    v16 p = v_set1(1.54035304e-4f);
+    p = v_fma(p, r, v_set1(1.33335581e-3f));
+    p = v_fma(p, r, v_set1(9.61812911e-3f));
+    p = v_fma(p, r, v_set1(5.55041087e-2f));
+    p = v_fma(p, r, v_set1(2.40226507e-1f));
+    p = v_fma(p, r, v_set1(6.93147181e-1f));
+    return v_zero_below(v_ldexp(v_fma(p, r, v_set1(1.0f)), n), given, v_set1(-125.0f));
 }
 
 /* tanh through exp: the error is absolute (about 1e-7), which is what gates and soft caps need. */

@@ -8,6 +8,11 @@ typedef struct {
 #define V_EACH2(name, op) \
     INLINE v16 name(v16 a, v16 b) { return (v16){op(a.lo, b.lo), op(a.hi, b.hi)}; }
 
+/* Keeps a loaded value in registers: without it the compiler may load it again for each of its uses. */
+INLINE v16 v_pin(v16 v) {
+    __asm__("" : "+x"(v.lo), "+x"(v.hi));
+    return v;
+}
 INLINE v16 v_zero(void) { return (v16){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE v16 v_set1(float x) { return (v16){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 INLINE v16 v_load(const float *p) { return (v16){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -27,13 +32,10 @@ INLINE v16 v_fma(v16 a, v16 b, v16 c) {
 #define V_ROUND8(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 V_EACH1(v_round, V_ROUND8)
 
-/* 2^n for integral n in [-150, 128], in two factors so that the exponent field never wraps. */
+/* a * 2^n where both a and the result are normal numbers (a NaN stays: its n converts to a multiple of 2^9). */
 INLINE __m256 v_ldexp8(__m256 a, __m256 n) {
-    __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1), rest = _mm256_sub_epi32(i, half);
-    __m256i bias = _mm256_set1_epi32(127);
-    __m256 f = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-    __m256 g = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-    return _mm256_mul_ps(_mm256_mul_ps(a, f), g);
+    __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), shift));
 }
 V_EACH2(v_ldexp, v_ldexp8)
 
@@ -49,6 +51,8 @@ INLINE float v_hmax(v16 v) {
     b = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
+
+INLINE float v_lane0(v16 v) { return _mm256_cvtss_f32(v.lo); }
 
 INLINE v16 v_load_n(const float *p, int n) {
     float t[16] = {0};
@@ -67,6 +71,11 @@ INLINE v16 v_keep(v16 v, int from, int to, v16 other) {
     v_store(b, other);
     for (int i = from; i < to; i++) b[i] = a[i];
     return v_load(b);
+}
+/* Zero in the lanes where x < limit. */
+INLINE v16 v_zero_below(v16 v, v16 x, v16 limit) {
+    return (v16){_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), v.lo),
+                 _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), v.hi)};
 }
 INLINE int v_any_nan(v16 v) {
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q),

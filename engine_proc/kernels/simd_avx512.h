@@ -1,6 +1,11 @@
 /* The AVX-512 (F, BW, VL, DQ) side of simd.h: one register is one v16; partial loads and stores are masked. */
 typedef __m512 v16;
 
+/* Keeps a loaded value in a register: without it the compiler may load it again for each of its uses. */
+INLINE v16 v_pin(v16 v) {
+    __asm__("" : "+v"(v));
+    return v;
+}
 INLINE v16 v_zero(void) { return _mm512_setzero_ps(); }
 INLINE v16 v_set1(float x) { return _mm512_set1_ps(x); }
 INLINE v16 v_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -13,9 +18,16 @@ INLINE v16 v_fma(v16 a, v16 b, v16 c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE v16 v_max(v16 a, v16 b) { return _mm512_max_ps(a, b); }
 INLINE v16 v_min(v16 a, v16 b) { return _mm512_min_ps(a, b); }
 INLINE v16 v_round(v16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE v16 v_ldexp(v16 a, v16 n) { return _mm512_scalef_ps(a, n); }
+/* a * 2^n where both a and the result are normal numbers (a NaN stays: its n converts to a multiple of 2^9).  Added to
+ * the exponent field; vscalefps takes more than a hundred cycles near the smallest exponents. */
+INLINE v16 v_ldexp(v16 a, v16 n) {
+    __m512i shift = _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), shift));
+}
 INLINE float v_sum(v16 a) { return _mm512_reduce_add_ps(a); }
 INLINE float v_hmax(v16 a) { return _mm512_reduce_max_ps(a); }
+
+INLINE float v_lane0(v16 a) { return _mm512_cvtss_f32(a); }
 
 INLINE __mmask16 v_first(int n) { return (__mmask16)((1u << n) - 1); } /* 0 <= n <= 16 */
 INLINE v16 v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(v_first(n), p); }
@@ -24,6 +36,10 @@ INLINE void v_store_n(float *p, v16 v, int n) { _mm512_mask_storeu_ps(p, v_first
 INLINE v16 v_keep(v16 v, int from, int to, v16 other) {
     __mmask16 m = from >= to ? 0 : (__mmask16)(v_first(to) & ~v_first(from));
     return _mm512_mask_mov_ps(other, m, v);
+}
+/* Zero in the lanes where x < limit. */
+INLINE v16 v_zero_below(v16 v, v16 x, v16 limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
 INLINE int v_any_nan(v16 v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 /* Bit i is set where a[i] > b[i]. */

@@ -28,7 +28,7 @@ INLINE void tile_f32_body(const int rows, const float *a, long lda, const float 
         for (long i = 0; i < k; i++, w += PANEL) {
             ROWS_HIDE(step);
             v16 wj[TILE_VECS];
-            UNROLL for (int j = 0; j < TILE_VECS; j++) wj[j] = v_load(w + 16 * j);
+            UNROLL for (int j = 0; j < TILE_VECS; j++) wj[j] = v_pin(v_load(w + 16 * j));
             UNROLL for (int r = 0; r < rows; r++) {
                 v16 xr = v_set1(*ROW(x, r));
                 UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(xr, wj[j], acc[r][j]);

@@ -57,6 +57,7 @@ class DetokWorker:
     def __init__(self, config: ServerConfig, index: int, epoch: int, sender: Sender, registry: CollectorRegistry,
                  vocabs: Vocabs | None = None) -> None:
         self._index, self._epoch, self._sender = index, epoch, sender
+        self._num_frontends, self._num_engines = config.frontends, len(config.engines())
         self._vocabs = vocabs or Vocabs(config)
         self._choices: dict[int, Choice] = {}
         self._waiting: dict[int, list[Choice]] = {}             # frontend -> choices with output, oldest first
@@ -77,12 +78,12 @@ class DetokWorker:
     def handle(self, message: Any) -> None:
         if not isinstance(message, StepOut):
             raise BadFrame("not for a detokenizer")
-        known = self._engine_epochs.get(message.engine, -1)
-        if message.detok_epoch != self._epoch or message.engine_epoch < known:
+        if message.engine >= self._num_engines:
+            raise BadFrame("from no engine of ours")
+        # A newer epoch than the beacon's is ahead of its beacon and kills nobody: only a beacon tells of a death.
+        if message.detok_epoch != self._epoch or message.engine_epoch < self._engine_epochs.get(message.engine, -1):
             self._dropped.labels(reason="old_epoch").inc()
             return
-        if message.engine_epoch > known:
-            self.peer_restarted(Kind.ENGINE, message.engine, message.engine_epoch)
         for opened in message.opens:
             self._open(opened, message.engine, message.engine_epoch)
         for out in message.items:
@@ -137,6 +138,9 @@ class DetokWorker:
     def _open(self, opened: Open, engine: int, engine_epoch: int) -> None:
         if opened.rid in self._choices:
             self._dropped.labels(reason="opened_twice").inc()
+            return
+        if frontend_index(opened.rid) >= self._num_frontends:
+            self._dropped.labels(reason="misrouted").inc()
             return
         try:
             vocab = self._vocabs.get(opened.spec.model)
@@ -250,6 +254,6 @@ class DetokWorker:
             assert choice.waiting and frontend_index(choice.rid) == frontend
             assert choice.finish or self._choices.get(choice.rid) is choice
         for rid, choice in self._choices.items():
-            assert choice.rid == rid and choice.engine_epoch == self._engine_epochs[choice.engine]
+            assert choice.rid == rid and choice.engine_epoch >= self._engine_epochs.get(choice.engine, -1)
             assert choice.stopped or not choice.finish
             choice.assert_invariants()

@@ -34,6 +34,7 @@ MAX_PENDING_BYTES = 8 * 2**20    # waiting for one destination, about; past that
 RETRY_NS = 5_000_000             # how soon a destination that refused is tried again
 HIGH_PRESSURE = 0.5
 RECORD_BYTES = 64
+MAX_IDLE_BOXES = 128             # more than there can be detokenizers: empty ones are those of epochs that never were
 UNOPENED_ENDS = (Finish.ABORT, Finish.ERROR)     # a choice that ends so before its first token was never opened
 NAN = struct.pack("<f", float("nan"))
 
@@ -158,6 +159,8 @@ class Outputs:
                 if box.to.kind is Kind.DETOKENIZER and (box or self._sender.pressure(box.to) >= HIGH_PRESSURE):
                     stalled.append(box.to.index)
         self.stalled = frozenset(stalled)
+        if len(self._detoks) > MAX_IDLE_BOXES:
+            self._detoks = {key: box for key, box in self._detoks.items() if box}
         return stuck
 
     def _send(self, box: Box) -> bool:

@@ -59,6 +59,10 @@ class Stages:
 
     # ---- one model ----
 
+    @property
+    def num_engines(self) -> int:
+        return len(self._engine_model)
+
     def engines_of(self, model: int) -> list[int]:
         return [index for index, number in enumerate(self._engine_model) if number == model]
 

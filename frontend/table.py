@@ -325,6 +325,8 @@ class RequestTable:
 
     def _on_census(self, message: Census) -> None:
         """Abort what the engine holds and we do not know; submit again what we are owed and it does not hold."""
+        if message.engine >= self._stages.num_engines:
+            raise BadFrame("a census of no engine of ours")
         try:
             held = set(unpack_rids(message.rids))
         except ValueError:

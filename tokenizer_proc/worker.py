@@ -89,6 +89,7 @@ class TokenizerWorker:
                  models: TextModels | None = None) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"        # one text at a time: threads would only fight the engine
         self._index, self._epoch, self._sender = index, epoch, sender
+        self._num_frontends, self._num_engines = config.frontends, len(config.engines())
         self._models = models or TextModels(config)
         self._maker = PromptMaker(config.trust_request_chat_template, registry)
         self._pending: dict[int, Work] = {}                   # rid -> work, in order of arrival
@@ -113,6 +114,8 @@ class TokenizerWorker:
                 self._discard(lambda rid: rid in rids)
         elif not isinstance(message, (Submit, TokenizeQuery, DetokenizeQuery)):
             raise BadFrame("not for a tokenizer")
+        elif self._misrouted(message):
+            raise BadFrame("from no frontend or for no engine of ours")
         elif self._epoch_of(message) != self._epoch:
             self._dropped.labels(reason="old_epoch").inc()
         elif message.rid in self._pending:
@@ -205,6 +208,11 @@ class TokenizerWorker:
         self._outcomes.labels(outcome=code).inc()
         self._send(Address(Kind.FRONTEND, frontend_index(rid)),
                    Failed(Kind.TOKENIZER, self._index, self._epoch, [FailedItem(rid, code, message, param)]), 200)
+
+    def _misrouted(self, work: Work) -> bool:
+        """Whether a process that does not exist is named: no socket is ever made towards those."""
+        return (frontend_index(work.rid) >= self._num_frontends
+                or (isinstance(work, Submit) and work.route.engine >= self._num_engines))
 
     def _epoch_of(self, work: Work) -> int:
         return work.route.tokenizer_epoch if isinstance(work, Submit) else work.tokenizer_epoch

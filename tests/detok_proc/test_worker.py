@@ -78,8 +78,8 @@ class Bench:
     """One worker (index 2, epoch 5) with an engine (index 1, epoch 7) in front of it."""
 
     def __init__(self, vocab: Vocab = BYTE_LEVEL) -> None:
-        config = ServerConfig(run_dir="", log_dir="", models=(
-            ModelConfig(names=("m",), path="m"), ModelConfig(names=("broken",), path="broken")))
+        config = ServerConfig(run_dir="", log_dir="", frontends=4, models=(
+            ModelConfig(names=("m",), path="m", replicas=8), ModelConfig(names=("broken",), path="broken")))
 
         def load(path: str) -> Vocab:
             if path == "broken":
@@ -412,25 +412,41 @@ def test_an_entry_that_is_opened_twice_stays_the_first() -> None:
 def test_what_was_meant_for_a_predecessor_or_came_from_one_is_dropped() -> None:
     bench, rid = Bench(), RIDS.next()
     bench.step(opens=[Open(rid, DetokSpec(), b"", b"")], detok_epoch=4)
+    bench.worker.peer_restarted(Kind.ENGINE, 1, 7)
     bench.open(RIDS.next())
     bench.step(opens=[Open(rid, DetokSpec(), b"", b"")], engine_epoch=6)
     assert bench.open_choices == 1 and bench.metric("quartet:detok_dropped_total", reason="old_epoch") == 2
 
 
-@pytest.mark.parametrize("by_beacon", [True, False])
-def test_a_new_engine_epoch_drops_the_choices_of_the_old_one(by_beacon: bool) -> None:
+def test_a_beacon_of_a_new_engine_epoch_drops_the_choices_of_the_old_one() -> None:
     bench, rid, other = Bench(), RIDS.next(), RIDS.next()
     bench.open(rid)
     bench.step(opens=[Open(other, DetokSpec(), b"", b"")], engine=0, engine_epoch=1)
     bench.step(out(rid, 0, ids_of("dog")))
-    if by_beacon:
-        bench.worker.peer_restarted(Kind.ENGINE, 1, 8)
-        bench.worker.peer_restarted(Kind.ENGINE, 1, 7)     # an old beacon changes nothing
-    else:
-        bench.step(engine_epoch=8)
+    bench.worker.peer_restarted(Kind.ENGINE, 1, 8)
+    bench.worker.peer_restarted(Kind.ENGINE, 1, 7)         # an old beacon changes nothing
     assert bench.turn() == [] and bench.open_choices == 1
     bench.step(out(other, 0, ids_of("dog")), engine=0, engine_epoch=1)
     assert [d.text for d in bench.turn()] == ["dog"]
+
+
+def test_a_step_of_a_newer_engine_than_its_beacon_told_is_taken_and_kills_nobody() -> None:
+    bench, old, new = Bench(), RIDS.next(), RIDS.next()
+    bench.worker.peer_restarted(Kind.ENGINE, 1, 7)
+    bench.open(old)
+    bench.step(out(new, 0, ids_of("cat")), opens=[Open(new, DetokSpec(), b"", b"")], engine_epoch=8)
+    bench.step(out(old, 0, ids_of("dog")))
+    assert [d.text for d in bench.turn()] == ["cat", "dog"]
+    bench.worker.peer_restarted(Kind.ENGINE, 1, 8)         # now the old one is known to be gone
+    assert bench.open_choices == 1
+
+
+def test_steps_of_no_engine_and_choices_of_no_frontend_are_refused() -> None:
+    bench = Bench()
+    with pytest.raises(BadFrame):
+        bench.step(opens=[Open(RIDS.next(), DetokSpec(), b"", b"")], engine=60_000, engine_epoch=1)
+    bench.step(opens=[Open(RidMaker(127, 1).next(), DetokSpec(), b"", b"")])
+    assert bench.open_choices == 0 and bench.metric("quartet:detok_dropped_total", reason="misrouted") == 1
 
 
 def test_a_new_frontend_epoch_drops_its_choices_and_their_output() -> None:

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from frontend.request import Request
 from pipeline.messages import Finish, Kind, State, Submit, pack_ids, unpack_ids
 from pipeline.params import DetokSpec, SamplingParams
+from pipeline.schema import BadFrame
 from pipeline.transport import Address
-from tests.frontend.world import World, usage
+from tests.frontend.world import World, config, usage
 
 SEED = SamplingParams(max_tokens=16, seed=77)
 
@@ -212,7 +214,7 @@ def test_silent_requests_missing_from_two_censuses_are_submitted_again() -> None
 
 
 def test_census_spares_what_is_heard_of_what_is_not_admitted_and_what_runs_elsewhere() -> None:
-    w = World()
+    w = World(models=(replace(config().models[0], replicas=2),))
     w.open("heard")
     w.open("not admitted")
     heard, _ = w.submits()
@@ -224,6 +226,13 @@ def test_census_spares_what_is_heard_of_what_is_not_admitted_and_what_runs_elsew
         w.census(engine=1)
         w.census(epoch=9)
     assert w.counts.again == []
+
+
+def test_a_census_of_an_engine_that_does_not_exist_is_a_bad_frame() -> None:
+    w = World()
+    with pytest.raises(BadFrame):
+        w.census(7, engine=60_000)
+    assert not w.sender.sent                                               # above all no abort towards it
 
 
 # ---- everything at once ----

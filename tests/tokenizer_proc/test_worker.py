@@ -69,8 +69,8 @@ class Bench:
     def __init__(self, tmp_path: Path) -> None:
         zoo.save(zoo.byte_level(), tmp_path / "good", {"bos_token": "<s>", "chat_template": TEMPLATE})
         self.sent, self.registry, self.rids = Sent(), CollectorRegistry(), RidMaker(1, 9)
-        self.worker = TokenizerWorker(ServerConfig(run_dir="", log_dir="", models=(
-            ModelConfig(names=("good",), path=str(tmp_path / "good"), max_model_len=64),
+        self.worker = TokenizerWorker(ServerConfig(run_dir="", log_dir="", frontends=2, models=(
+            ModelConfig(names=("good",), path=str(tmp_path / "good"), max_model_len=64, replicas=2),
             ModelConfig(names=("broken",), path=str(tmp_path / "broken")))), 4, 3, self.sent, self.registry)
 
     def submit(self, text: str | None = "The dog", rid: int | None = None, model: int = 0, chat: Chat | None = None,
@@ -236,6 +236,13 @@ def test_what_was_meant_for_a_predecessor_or_came_twice_is_dropped(bench: Bench)
 def test_messages_of_other_stages_are_bad_frames(bench: Bench) -> None:
     with pytest.raises(BadFrame):
         bench.handle(StopHit(1, 1))
+
+
+def test_what_names_a_process_that_does_not_exist_is_a_bad_frame(bench: Bench) -> None:
+    for wrong in ({"route": Route(4, 3, 60_000, 5, 0, 6)}, {"rid": RidMaker(2, 9).next()}):
+        with pytest.raises(BadFrame):
+            bench.submit(**wrong)  # type: ignore[arg-type]
+    assert bench.turn() == []
 
 
 def test_the_work_of_a_frontend_that_is_gone_is_dropped(bench: Bench) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,21 +13,38 @@ from engine_proc.kernels import Kernels, build, isa, load
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _native_levels() -> list[str]:
-    """The best level this processor runs, AVX2, and the bfloat16 dot product emulated where AVX-512 carries it."""
-    runs = [level for level, needed in isa.LEVELS.items() if isa.cpu_flags().issuperset(needed)]
-    if isa.best_level() is None or build.find_compiler() is None:
+Setup = tuple[str, int]  # instruction-set level, threads
+
+
+def _native() -> list[Setup]:
+    """The best level this processor runs, alone and with company, and AVX2."""
+    best = isa.best_level()
+    if best is None or build.find_compiler() is None:
         return []
-    return list(dict.fromkeys([runs[0], "avx2"] + [isa.EMULATED] * ("avx512" in runs)))
+    return [(best, 1), (best, 2), ("avx2", 2)]
 
 
-NATIVE = _native_levels()
+NATIVE = _native()
+ALL: list[Setup] = [*NATIVE, ("torch", 1)]
+# For what multiplies bfloat16: the dot product of newer processors, emulated where AVX-512 carries it.
+EMULATED: list[Setup] = [(isa.EMULATED, 2)] if NATIVE and "avx512f" in isa.cpu_flags() else []
 
 
-def load_level(level: str) -> Kernels:
+@functools.cache
+def loaded(level: str) -> Kernels:
     kernels = load(level=level)
     assert kernels.native == (level != "torch"), kernels.describe()
     return kernels
+
+
+def prepared(setup: Setup) -> Iterator[Kernels]:
+    """The kernels of a setup; torch's threads rest meanwhile, or both teams would spin for the same processors."""
+    level, threads = setup
+    kernels, before = loaded(level), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert not kernels.native or kernels.set_num_threads(threads) == threads
+    yield kernels
+    torch.set_num_threads(before)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

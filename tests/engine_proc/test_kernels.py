@@ -5,17 +5,19 @@ Inputs are random, lengths odd, outputs and unused memory poisoned with NaN, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from engine_proc.kernels import Kernels, reference
-from tests.engine_proc.kernel_cases import DTYPES, NATIVE, close, load_level, poisoned, randn, relative_error
+from tests.engine_proc.kernel_cases import ALL, DTYPES, close, poisoned, prepared, randn
 
 
-@pytest.fixture(scope="module", params=[*NATIVE, "torch"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_level(request.param)
+@pytest.fixture(params=ALL, ids=str)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    yield from prepared(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -23,99 +25,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest, kernels: Kernels) -> int:
-    count: int = request.param
-    kernels.set_num_threads(count)
-    return count
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (16, 64), (100, 130), (95, 258)])
-def test_linear_matches_torch_for_any_number_of_rows(
-    kernels: Kernels, threads: int, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
-    n, k = shape
-    weight, bias = randn(n, k, dtype=dtype), randn(n, dtype=dtype)
-    layer = kernels.linear(weight, bias)
-    for rows in (1, 2, 3, 5, 8, 12, 13, 25, 70):
-        x = randn(rows, k, dtype=dtype)
-        out = poisoned(rows, n, dtype=dtype)
-        assert layer(x, out) is out
-        close(out, reference.linear(x.double(), weight.double(), bias.double()))
-
-
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("out_dtype", DTYPES)
-def test_linear_mixes_types_and_reads_strided_rows(
-    kernels: Kernels, x_dtype: torch.dtype, out_dtype: torch.dtype
-) -> None:
-    weight = randn(40, 48)
-    for stored in ("float32", "bfloat16"):
-        layer = kernels.linear(weight, dtype=stored)
-        x = randn(9, 80, dtype=x_dtype)[:, 16:64]
-        out = poisoned(9, 64, dtype=out_dtype)
-        layer(x, out[:, 8:48])
-        rounded = weight.to(getattr(torch, stored)).double()
-        exact = reference.linear(x.double(), rounded)
-        close(out[:, 8:48], exact, loose=x_dtype != torch.float32 or stored != "float32")
-        assert out[:, :8].isnan().all() and out[:, 48:].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
-def test_gated_linear_equals_linear_then_gate(kernels: Kernels, dtype: torch.dtype, act: str) -> None:
-    weight, bias = randn(2 * 23, 34, dtype=dtype), randn(2 * 23, dtype=dtype)
-    layer = kernels.linear(weight, bias, gate=act)
-    assert (layer.n, layer.k) == (23, 34)
-    for rows in (1, 14):
-        x = randn(rows, 34, dtype=dtype)
-        wide = reference.linear(x.double(), weight.double(), bias.double())
-        out = layer(x, poisoned(rows, 23, dtype=dtype))
-        close(out, reference.act_mul(wide, act), loose=not kernels.native, absolute=1e-5)
-
-
-@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("kernels", NATIVE, indirect=True)
-def test_a_row_of_a_linear_layer_does_not_depend_on_the_others(kernels: Kernels, stored: str) -> None:
-    layer = kernels.linear(randn(100, 200), dtype=stored)
-    x = randn(70, 200)
-    alone = torch.cat([layer(row[None]) for row in x])
-    for rows in (2, 7, 13, 70):
-        assert torch.equal(layer(x[:rows]), alone[:rows])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 20), (33, 64), (70, 100), (96, 576)])
-def test_int8_linear_matches_its_reference_and_stays_near_the_exact_product(
-    kernels: Kernels, threads: int, dtype: torch.dtype, shape: tuple[int, int]
-) -> None:
-    n, k = shape
-    weight, bias = randn(n, k, dtype=dtype), randn(n)
-    layer = kernels.linear(weight, bias, dtype="int8")
-    for rows in (1, 4, 7, 15, 33):
-        x = randn(rows, k, dtype=dtype)
-        x[0] *= 100  # an outlier row must not disturb the others
-        out = layer(x, poisoned(rows, n, dtype=dtype))
-        exact = reference.linear(x.double(), weight.double(), bias.double())
-        assert relative_error(out, exact) < 0.025
-        if kernels.native:  # apart from values halfway between two integers
-            assert relative_error(out, reference.linear_int8(x, weight, bias)) < 0.004
-
-
-def test_int8_linear_keeps_nan_and_zero_rows(kernels: Kernels) -> None:
-    layer = kernels.linear(randn(20, 70), dtype="int8")
-    x = randn(3, 70)
-    x[0], x[1, 5] = 0.0, float("nan")
-    out = layer(x)
-    assert (out[0] == 0).all() and out[1].isnan().all() and out[2].isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 40, 576, 577])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm_and_its_fusion_with_the_residual(
-    kernels: Kernels, threads: int, dtype: torch.dtype, dim: int, offset: float
+    kernels: Kernels, dtype: torch.dtype, dim: int, offset: float
 ) -> None:
     for rows in (1, 3, 70):
         x, residual, weight = randn(rows, dim, dtype=dtype), randn(rows, dim, dtype=dtype), randn(dim, dtype=dtype)
@@ -142,7 +56,7 @@ def test_head_norm_works_in_place_on_a_slice_of_wider_rows(kernels: Kernels, dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dim", [1, 31, 1536])
-def test_act_mul(kernels: Kernels, threads: int, dtype: torch.dtype, act: str, dim: int) -> None:
+def test_act_mul(kernels: Kernels, dtype: torch.dtype, act: str, dim: int) -> None:
     for rows in (1, 37):
         x = 5 * randn(rows, 2 * dim, dtype=dtype)
         out = kernels.act_mul(x, act, poisoned(rows, dim, dtype=dtype))
@@ -160,7 +74,7 @@ def test_act_mul_far_from_zero(kernels: Kernels) -> None:
 @pytest.mark.parametrize("heads", [(9, 3, 64, 64), (4, 4, 80, 32), (2, 1, 16, 16), (6, 2, 24, 20), (1, 1, 128, 0)])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rope_and_cache_write(
-    kernels: Kernels, threads: int, dtype: torch.dtype, heads: tuple[int, int, int, int], normed: bool
+    kernels: Kernels, dtype: torch.dtype, heads: tuple[int, int, int, int], normed: bool
 ) -> None:
     q_heads, kv_heads, dim, rotary = heads
     rows, blocks, size = 33, 7, 16
@@ -193,7 +107,7 @@ def test_rope_and_cache_write(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 15, 1000, 4099])
 def test_argmax_with_ties_log_probabilities_and_nan(
-    kernels: Kernels, threads: int, dtype: torch.dtype, vocab: int
+    kernels: Kernels, dtype: torch.dtype, vocab: int
 ) -> None:
     logits = (randn(7, vocab, dtype=dtype) * 4).round()  # rounding makes ties
     logits[3, vocab // 2] = float("nan")
@@ -208,7 +122,7 @@ def test_argmax_with_ties_log_probabilities_and_nan(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_top_k_is_a_stable_descending_selection(kernels: Kernels, threads: int, dtype: torch.dtype) -> None:
+def test_top_k_is_a_stable_descending_selection(kernels: Kernels, dtype: torch.dtype) -> None:
     logits = (randn(5, 1003, dtype=dtype) * 4).round()
     logits[2, 7] = float("nan")
     for k in (1, 20, 64):

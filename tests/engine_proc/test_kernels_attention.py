@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from engine_proc.kernels import Kernels, reference
-from tests.engine_proc.kernel_cases import DTYPES, NATIVE, close, load_level, poisoned, randn
+from tests.engine_proc.kernel_cases import ALL, DTYPES, NATIVE, close, poisoned, prepared, randn
 
 
-@pytest.fixture(scope="module", params=[*NATIVE, "torch"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_level(request.param)
+@pytest.fixture(params=ALL, ids=str)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    yield from prepared(request.param)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,9 +79,7 @@ MIXED = [(1, 1), (1, 63), (5, 5), (1, 64), (17, 80), (1, 65), (70, 70), (3, 130)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_every_head_size_in_a_mixed_batch(kernels: Kernels, dtype: torch.dtype, dim: int, threads: int) -> None:
-    kernels.set_num_threads(threads)
+def test_every_head_size_in_a_mixed_batch(kernels: Kernels, dtype: torch.dtype, dim: int) -> None:
     batch = Batch(sequences=MIXED[:8], dim=dim, dtype=dtype)
     close(batch.run(kernels), batch.exact())
 
@@ -92,10 +91,8 @@ def test_every_grouping_of_heads(kernels: Kernels, heads: tuple[int, int], dtype
     close(batch.run(kernels), batch.exact())
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("window", [1, 5, 16, 64, 100, 600])
-def test_sliding_windows(kernels: Kernels, threads: int, window: int) -> None:
-    kernels.set_num_threads(threads)
+def test_sliding_windows(kernels: Kernels, window: int) -> None:
     batch = Batch(sequences=MIXED, dim=32)
     close(batch.run(kernels, window=window), batch.exact(window=window))
 
@@ -161,7 +158,7 @@ def test_a_nan_in_a_query_stays_in_its_row(kernels: Kernels) -> None:
     close(out[keep], expected[keep])
 
 
-@pytest.mark.parametrize("kernels", NATIVE, indirect=True)
+@pytest.mark.parametrize("kernels", NATIVE, indirect=True, ids=str)
 @pytest.mark.parametrize("window", [0, 300])
 def test_chunks_batches_and_threads_do_not_change_a_single_bit(kernels: Kernels, window: int) -> None:
     context = 1200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from engine_proc.kernels import DecoderLayer, DecoderModel, Kernels, StepInput, load
-from tests.engine_proc.kernel_cases import DTYPES, NATIVE, load_level, poisoned, relative_error
+from tests.engine_proc.kernel_cases import DTYPES, EMULATED, NATIVE, poisoned, prepared, relative_error
 
 HIDDEN, INNER, VOCAB, POSITIONS, BLOCKS, BLOCK = 48, 80, 101, 400, 40, 16
 
 
-@pytest.fixture(scope="module", params=NATIVE)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return load_level(request.param)
+@pytest.fixture(params=[*NATIVE, *EMULATED], ids=str)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    yield from prepared(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +143,9 @@ LENGTHS = [72, 61, 7, 302]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("threads", [1, 2])
 def test_the_fused_step_equals_the_layers_in_float32(
-    kernels: Kernels, torch_kernels: Kernels, family: str, threads: int
+    kernels: Kernels, torch_kernels: Kernels, family: str
 ) -> None:
-    kernels.set_num_threads(threads)
     weights, requests = Weights(torch.float32, **FAMILIES[family]), Requests(LENGTHS)
     fused, layers = (k.decoder(weights.model(k)) for k in (kernels, torch_kernels))
     for ranges in STEPS:

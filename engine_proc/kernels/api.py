@@ -51,6 +51,10 @@ class Kernels(ABC):
         """Sets how many threads a kernel uses, the caller's included; returns the number reached."""
 
     @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on huge pages where there are some: for the KV cache."""
+
+    @abstractmethod
     def linear(
         self,
         weight: Tensor,

@@ -24,6 +24,20 @@ static void visible_parts(const attention_args *a, long s, long from, long to, l
     *end = (hi + PART - 1) / PART;
 }
 
+int attention_valid(const attention_args *a) {
+    if (a->sequences && (a->query_starts[0] || a->query_starts[a->sequences] != a->rows)) return 0;
+    for (long s = 0; s < a->sequences; s++) {
+        long n = query_len(a, s), context = a->context_lens[s], base = context - n;
+        if (n < 0 || base < 0 || context > a->table_width * a->block_size) return 0;
+        long block = (a->window ? max_long(0, base - a->window + 1) : 0) / a->block_size;
+        for (; n && block * a->block_size < context; block++) {
+            int32_t id = a->block_tables[s * a->ld_table + block];
+            if (id < 0 || id >= a->blocks) return 0;
+        }
+    }
+    return 1;
+}
+
 /* Counts items and parts; whether to split follows from the counts alone. */
 static void count(const attention_args *a, long *items, long *parts, long *rows_by_parts) {
     long tokens = tokens_per_item(a), group = a->q_heads / a->kv_heads;
@@ -104,9 +118,10 @@ void attention_team(const attention_plan *plan, int tid, int size) {
 
 static void call_team(int tid, int size, void *arg) { attention_team(arg, tid, size); }
 
-/* Entry point for Python.  0, or -1 without memory. */
+/* Entry point for Python.  0; -1 without memory; -2 when an index is out of range. */
 int q_attention(const attention_args *a) {
     attention_plan plan;
+    if (!attention_valid(a)) return -2;
     pool_enter();
     int size = pool_size();
     void *scratch = pool_scratch(attention_scratch_bytes(a, size));

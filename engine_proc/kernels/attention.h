@@ -21,6 +21,7 @@ typedef struct {
     const int32_t *query_starts;   /* [sequences + 1], rows of q */
     const int32_t *context_lens;   /* [sequences], tokens in the cache including the new ones */
     int64_t ldq, ldo, ld_table;
+    int64_t rows, blocks, table_width; /* of q, of the cache, of a block table: bounds that are checked */
     int64_t sequences, block_size, q_heads, kv_heads, head_dim;
     int64_t window;                /* keys a query may see, itself included; 0: all */
     int64_t causal, is_bf16, cache_bf16, out_bf16;
@@ -42,6 +43,9 @@ typedef struct {
     float *work;           /* per thread */
     long work_floats;
 } attention_plan;
+
+/* Whether every index stays inside its array; a sequence's table is looked at as far as its rows see. */
+int attention_valid(const attention_args *args);
 
 /* Bytes of scratch that attention_plan_make needs for a call on `size` threads, at least 64-byte aligned. */
 size_t attention_scratch_bytes(const attention_args *args, int size);

@@ -80,12 +80,11 @@ static void locate(const attention_args *a, const attention_item *item, long sta
     }
 }
 
-/* Asks for the rows at `at` while something else is computed: the processor's own prefetcher does not follow the strides
- * of one head through the cache, and waiting for memory was two thirds of a decode step's attention. */
-INLINE void prefetch_row(const void *cache, long at, long bytes, int is_bf16) {
-    if (at < 0) return;
-    const char *p = (const char *)cache + at * (is_bf16 ? 2 : 4);
-    for (long i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+/* Asks for elements of a row of the next chunk (row -1: somewhere harmless) while this one is computed.  The processor's
+ * own prefetcher does not follow one head's stride through the cache, and waiting for memory was two thirds of a decode
+ * step's attention.  Spread thinly over the work: a burst would fill the few line buffers and stall. */
+INLINE void ask(const void *cache, long element, const int is_bf16) {
+    _mm_prefetch((const char *)cache + element * (is_bf16 ? 2 : 4), _MM_HINT_T1);
 }
 
 /* Sixteen rows of the cache become columns of a key panel; `words` 32-bit lanes of each, absent rows are NULL. */
@@ -109,8 +108,8 @@ INLINE void transpose_keys(const char *const row[16], long offset, int words, fl
     }
 }
 
-/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys and values
- * at `next` are asked for. */
+/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys at `next`
+ * are asked for. */
 INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n,
                       const int is_bf16) {
     const long bytes = w->dim * (is_bf16 ? 2 : 4), step = is_bf16 ? 32 : 16; /* dims in sixteen 32-bit lanes */
@@ -121,11 +120,10 @@ INLINE void load_keys(const attention_args *a, workspace *w, const long *at, con
         for (long i = 0; i < 16; i++) {
             row[i] = t + i < n && at[t + i] >= 0 ? (const char *)a->k_cache + at[t + i] * (is_bf16 ? 2 : 4) : NULL;
             present &= row[i] != NULL;
-            prefetch_row(a->k_cache, next[t + i], bytes, is_bf16);
-            prefetch_row(a->v_cache, next[t + i], bytes, is_bf16);
         }
         for (long d = 0; d < w->dim; d += step) {
             long left = (bytes - d * (is_bf16 ? 2 : 4)) / 4, offset = d * (is_bf16 ? 2 : 4);
+            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
             if (present && left >= 16) transpose_keys(row, offset, 16, panel + d * PANEL, is_bf16, 1);
             else transpose_keys(row, offset, left < 16 ? (int)left : 16, panel + d * PANEL, is_bf16, 0);
         }
@@ -133,11 +131,14 @@ INLINE void load_keys(const attention_args *a, workspace *w, const long *at, con
 }
 
 /* values[dim / 32][64][32] from n rows of the cache; rows that are not there and padding become zero. */
-INLINE void load_values(const attention_args *a, workspace *w, const long *at, long n, const int is_bf16) {
+INLINE void load_values(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+                        const int is_bf16) {
     for (long t = 0; t < n; t++) {
         float *to = w->values + t * PANEL;
         long d = 0, dim = at[t] < 0 ? 0 : w->dim;
         for (; d + PANEL <= dim; d += PANEL, to += CHUNK * PANEL) {
+            ask(a->v_cache, next[t] + d, is_bf16);
+            if (!is_bf16) ask(a->v_cache, next[t] + d + 16, is_bf16);
             v_store(to, v_load_any(a->v_cache, at[t] + d, is_bf16));
             v_store(to + 16, v_load_any(a->v_cache, at[t] + d + 16, is_bf16));
         }
@@ -150,7 +151,7 @@ INLINE void load_values(const attention_args *a, workspace *w, const long *at, l
 
 /* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
  * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
-INLINE void add_values(const attention_args *a, workspace *w, const long *at, long n, const int rows,
+INLINE void add_values(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
                        const int is_bf16, const int whole) {
     for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
         v16 acc[DIRECT_ROWS][TILE_VECS];
@@ -159,6 +160,8 @@ INLINE void add_values(const attention_args *a, workspace *w, const long *at, lo
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
         for (long t = 0; t < n; t++) {
+            if (TILE_VECS == 2 || d % 32 == 0) ask(a->v_cache, next[t] + d, is_bf16);
+            if (!is_bf16 && TILE_VECS == 2) ask(a->v_cache, next[t] + d + 16, is_bf16);
             if (at[t] < 0) continue;
             long from = at[t] + d;
             v16 v[TILE_VECS];
@@ -175,14 +178,14 @@ INLINE void add_values(const attention_args *a, workspace *w, const long *at, lo
     }
 }
 
-static void add_values_of(const attention_args *a, workspace *w, const long *at, long n) {
+static void add_values_of(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
     int whole = w->dim % (16 * TILE_VECS) == 0;
 #define CASE(m)                                                            \
     case m:                                                                \
-        if (a->cache_bf16 && whole) add_values(a, w, at, n, m, 1, 1);      \
-        else if (a->cache_bf16) add_values(a, w, at, n, m, 1, 0);          \
-        else if (whole) add_values(a, w, at, n, m, 0, 1);                  \
-        else add_values(a, w, at, n, m, 0, 0);                             \
+        if (a->cache_bf16 && whole) add_values(a, w, at, next, n, m, 1, 1);      \
+        else if (a->cache_bf16) add_values(a, w, at, next, n, m, 1, 0);          \
+        else if (whole) add_values(a, w, at, next, n, m, 0, 1);                  \
+        else add_values(a, w, at, next, n, m, 0, 0);                             \
         break
     switch (w->rows) {
         CASE(1);
@@ -253,8 +256,8 @@ static void chunk_run(const attention_args *a, const attention_item *item, works
     if (a->cache_bf16) load_keys(a, w, at, next, n, 1);
     else load_keys(a, w, at, next, n, 0);
     int direct = w->rows <= DIRECT_ROWS;
-    if (!direct && a->cache_bf16) load_values(a, w, at, n, 1);
-    else if (!direct) load_values(a, w, at, n, 0);
+    if (!direct && a->cache_bf16) load_values(a, w, at, next, n, 1);
+    else if (!direct) load_values(a, w, at, next, n, 0);
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
     for (long row = 0, rows; row < w->rows; row += rows) {
@@ -271,7 +274,7 @@ static void chunk_run(const attention_args *a, const attention_item *item, works
             tile_f32[rows](w->scores + row * CHUNK, CHUNK, w->values + d * CHUNK, n, w->out + row * w->width + d,
                            w->width, 1);
     }
-    if (direct) add_values_of(a, w, at, n);
+    if (direct) add_values_of(a, w, at, next, n);
 }
 
 /* total <- total merged with a part that has the given maximum, sum and unnormalised output. */

@@ -127,7 +127,7 @@ static void embed(worker *w) {
     long end;
     for (long r; (r = team_take(s->rows, team_chunk(s->rows, w->size), &end)) >= 0;)
         for (; r < end; r++) {
-            long id = s->ids ? s->ids[r] : -1;
+            long id = s->ids[r];
             for (long i = 0; i < m->hidden; i += 16) {
                 int n = m->hidden - i < 16 ? (int)(m->hidden - i) : 16;
                 v16 v = id < 0 ? v_load_any_n(s->embeds, r * m->hidden + i, n, 0)
@@ -152,20 +152,28 @@ static void norm_full(worker *w, const decoder_layer *layer) {
     team_barrier(w->size);
 }
 
+static rope_args rope_of(const decoder_call *c, const decoder_layer *layer) {
+    const decoder_model *m = c->m;
+    long q = m->q_heads * m->head_dim, k = m->kv_heads * m->head_dim, width = q + 2 * k;
+    int per_head = !m->qk_norm_full;
+    return (rope_args){
+        .q = c->qkv, .k = c->qkv + q, .v = c->qkv + q + k, .cos = layer->cos, .sin = layer->sin,
+        .q_norm = per_head ? layer->q_norm : NULL, .k_norm = per_head ? layer->k_norm : NULL,
+        .positions = c->s->positions, .slots = c->s->slots, .k_cache = layer->k_cache, .v_cache = layer->v_cache,
+        .ldq = width, .ldk = width, .ldv = width, .rows = c->s->rows, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
+        .head_dim = m->head_dim, .half = layer->half, .position_count = layer->positions,
+        .slot_count = m->blocks * m->block_size, .cache_bf16 = m->cache_bf16,
+        .eps = m->eps, .norm_offset = m->norm_offset,
+    };
+}
+
 static void attend(worker *w, const decoder_layer *layer) {
     decoder_call *c = w->c;
     const decoder_model *m = c->m;
-    long q = m->q_heads * m->head_dim, k = m->kv_heads * m->head_dim, width = q + 2 * k;
+    long q = m->q_heads * m->head_dim;
     int full = m->qk_norm_full && layer->q_norm, quantized = layer->o->kind == WEIGHT_INT8;
     if (full) norm_full(w, layer);
-    rope_args rope = {
-        .q = c->qkv, .k = c->qkv + q, .v = c->qkv + q + k, .cos = layer->cos, .sin = layer->sin,
-        .q_norm = full ? NULL : layer->q_norm, .k_norm = full ? NULL : layer->k_norm,
-        .positions = c->s->positions, .slots = c->s->slots, .k_cache = layer->k_cache, .v_cache = layer->v_cache,
-        .ldq = width, .ldk = width, .ldv = width, .rows = c->s->rows, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
-        .head_dim = m->head_dim, .half = layer->half, .cache_bf16 = m->cache_bf16,
-        .eps = m->eps, .norm_offset = m->norm_offset,
-    };
+    rope_args rope = rope_of(c, layer);
     rope_team(&rope, w->tid, w->size);
     lap(w, TIME_ROPE);
     attention_args args = c->attention;
@@ -239,7 +247,7 @@ static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 /* Lays the scratch memory out from `base` (NULL: only measures); returns the bytes it takes. */
 static size_t lay_out(decoder_call *c, char *base, int size) {
     const decoder_model *m = c->m;
-    size_t rows = (size_t)c->s->rows, outs = (size_t)c->s->outs, hidden = (size_t)m->hidden, used = 0;
+    size_t rows = (size_t)c->s->rows, hidden = (size_t)m->hidden, used = 0;
     size_t width = (size_t)((m->q_heads + 2 * m->kv_heads) * m->head_dim), q = (size_t)(m->q_heads * m->head_dim);
     size_t operand = 0, inner = 0, private = 0;
     long private_rows = PRIVATE_ROWS / m->hidden;
@@ -270,7 +278,6 @@ static size_t lay_out(decoder_call *c, char *base, int size) {
     PLACE(private_operand, c->private_bytes * (size_t)size);
     PLACE(row, hidden * (size_t)size * 4);
 #undef PLACE
-    (void)outs;
     for (int i = 0; i < 2; i++) {
         if (!c->has_plan[i]) continue;
         attention_args args = c->attention;
@@ -281,13 +288,35 @@ static size_t lay_out(decoder_call *c, char *base, int size) {
     return used;
 }
 
-/* Entry point for Python.  0; -1 without memory. */
+/* Whether every index of the step stays inside its array; `c` has no scratch yet. */
+static int valid(const decoder_call *c) {
+    const decoder_model *m = c->m;
+    const decoder_step *s = c->s;
+    for (long i = 0; i < s->outs; i++)
+        if (s->out_rows[i] < 0 || s->out_rows[i] >= s->rows) return 0;
+    for (long r = 0; r < s->rows; r++)
+        if (s->ids[r] >= m->vocab || (s->ids[r] < 0 && !s->embeds)) return 0;
+    for (int i = 0; i < 2; i++) {
+        attention_args args = c->attention;
+        args.window = i ? c->window : 0;
+        if (c->has_plan[i] && !attention_valid(&args)) return 0;
+    }
+    /* rotary tables may differ in length; the shortest one decides */
+    const decoder_layer *shortest = NULL;
+    for (const decoder_layer *l = m->layers, *end = l + m->layer_count; l < end; l++)
+        if (l->cos && (!shortest || l->positions < shortest->positions)) shortest = l;
+    rope_args rope = rope_of(c, shortest ? shortest : m->layers);
+    return rope_valid(&rope);
+}
+
+/* Entry point for Python.  0; -1 without memory; -2 when an index is out of range. */
 int q_decoder_step(const decoder_model *m, const decoder_step *s) {
     long q = m->q_heads * m->head_dim, k = m->kv_heads * m->head_dim;
     decoder_call c = {
         .m = m, .s = s,
         .attention = {.block_tables = s->block_tables, .query_starts = s->query_starts,
                       .context_lens = s->context_lens, .ldq = q + 2 * k, .ld_table = s->ld_table,
+                      .rows = s->rows, .blocks = m->blocks, .table_width = s->table_width,
                       .sequences = s->sequences, .block_size = m->block_size, .q_heads = m->q_heads,
                       .kv_heads = m->kv_heads, .head_dim = m->head_dim, .causal = 1, .cache_bf16 = m->cache_bf16,
                       .scale = m->scale, .softcap = m->softcap},
@@ -296,6 +325,7 @@ int q_decoder_step(const decoder_model *m, const decoder_step *s) {
         c.has_plan[m->layers[i].window != 0] = 1;
         if (m->layers[i].window) c.window = m->layers[i].window;
     }
+    if (!valid(&c)) return -2;
     pool_enter();
     int size = pool_size();
     char *base = pool_scratch(lay_out(&c, NULL, size));

@@ -17,8 +17,8 @@ typedef struct {
     const float *mlp_post;       /* [hidden], on the MLP's result */
     const linear_weight *qkv, *o, *gate_up, *down;
     void *k_cache, *v_cache;     /* [blocks][block_size][kv_heads][head_dim] */
-    const float *cos, *sin;      /* [positions][half] or NULL */
-    int64_t half, window;
+    const float *cos, *sin;      /* or NULL: no rotation */
+    int64_t half, positions, window; /* cos and sin are [positions][half] */
 } decoder_layer;
 
 typedef struct {
@@ -26,14 +26,14 @@ typedef struct {
     const void *embedding;       /* [vocab][hidden] */
     const float *final_norm;     /* [hidden] */
     const linear_weight *head;   /* or NULL */
-    int64_t layer_count, hidden, inner, q_heads, kv_heads, head_dim, block_size;
+    int64_t layer_count, vocab, hidden, inner, q_heads, kv_heads, head_dim, blocks, block_size;
     int64_t embedding_bf16, cache_bf16, qk_norm_full;
     double eps, norm_offset, scale, softcap;
     double embedding_multiplier, residual_multiplier, logit_multiplier, logit_softcap;
 } decoder_model;
 
 typedef struct {
-    const int32_t *ids;          /* [rows]; a negative id, or no ids: the row of `embeds` */
+    const int32_t *ids;          /* [rows]; a negative id means the row of `embeds` */
     const float *embeds;         /* [rows][hidden] or NULL */
     const int32_t *positions, *slots;
     const int32_t *block_tables, *query_starts, *context_lens;
@@ -41,7 +41,7 @@ typedef struct {
     float *hidden;               /* [outs][hidden] after the final norm, or NULL */
     float *logits;               /* [outs][vocab] or NULL */
     double *times;               /* [TIME_KINDS] seconds, added to */
-    int64_t rows, sequences, ld_table, outs;
+    int64_t rows, sequences, ld_table, table_width, outs;
 } decoder_step;
 
 enum { TIME_ROWS, TIME_QKV, TIME_ROPE, TIME_ATTENTION, TIME_O, TIME_GATE_UP, TIME_DOWN, TIME_HEAD, TIME_KINDS };

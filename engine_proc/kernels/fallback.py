@@ -52,6 +52,9 @@ class TorchKernels(Kernels):
         torch.set_num_threads(count)
         return torch.get_num_threads()
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
     def linear(
         self,
         weight: Tensor,

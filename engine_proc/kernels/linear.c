@@ -4,30 +4,33 @@
 
 #include <sys/mman.h>
 
-#define OPERAND_L2_BYTES (384 << 10) /* activations of one row chunk: they must stay in L2 beside a panel */
+#define CHUNK_ROWS 96                /* rows that pass over the weights together: enough to hide reading them */
+#ifndef STREAM_AHEAD
+#define STREAM_AHEAD 4096            /* bytes a thread asks for ahead of its stream of weights */
+#endif
 #define PRIVATE_OPERAND 8192         /* elements each thread converts for itself to save a barrier */
 
-static long chunk_rows(const linear_weight *w, long rows) {
-    long most = OPERAND_L2_BYTES / (4 * w->k) / TILE_ROWS * TILE_ROWS;
-    if (most < 2 * TILE_ROWS) most = 2 * TILE_ROWS;
-    if (most > 240) most = 240;
-    if (rows <= most) return rows;
-    long chunks = (rows + most - 1) / most;
+static long chunk_rows(long rows) {
+    if (rows <= CHUNK_ROWS) return rows;
+    long chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     return ((rows + chunks - 1) / chunks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
 }
 
+static size_t panel_bytes(const linear_weight *w) {
+    if (w->kind == WEIGHT_INT8) return int8_panel_bytes(w->k);
+    return (size_t)(w->kind == WEIGHT_F32 ? 4 * w->k : 2 * ((w->k + 1) & ~1L)) * PANEL;
+}
+
 /* c[rows][32] = a[row ...] x panel. */
-static void panel_product(const linear_args *g, long row, long rows, long panel, float *c) {
+static void panel_product(const linear_args *g, long row, long rows, const char *panel, float *c, ahead next) {
     const linear_weight *w = g->weight;
     if (w->kind == WEIGHT_F32) {
-        const float *a = (const float *)g->a + row * g->lda;
-        tile_f32[rows](a, g->lda, (const float *)w->panels + panel * w->k * PANEL, w->k, c, PANEL, 0);
+        panel_f32[rows]((const float *)g->a + row * g->lda, g->lda, (const float *)panel, w->k, c, next);
     } else if (w->kind == WEIGHT_BF16) {
-        long k = (w->k + 1) & ~1L;
         const bf16_operand *a = (const bf16_operand *)g->a + row * g->lda;
-        tile_bf16[rows](a, g->lda, (const bf16 *)w->panels + panel * k * PANEL, k, c);
+        panel_bf16[rows](a, g->lda, (const bf16 *)panel, (w->k + 1) & ~1L, c, next);
     } else {
-        tile_int8(w, g->a, g->rows, row, rows, panel, c);
+        panel_int8(w, g->a, g->rows, row, rows, panel, c, next);
     }
 }
 
@@ -67,21 +70,35 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
     }
 }
 
+/* Rows [row, stop) times one panel.  A panel is read from memory by its first tile and from the cache by the others,
+ * which ask for the panel `following` meanwhile, each for its share; a single tile asks for its own stream ahead. */
+static void run_panel(const linear_args *g, long row, long stop, long panel, const char *following) {
+    _Alignas(64) float c[TILE_ROWS * PANEL];
+    size_t bytes = panel_bytes(g->weight);
+    const char *weights = (const char *)g->weight->panels + (size_t)panel * bytes;
+    long tiles = (stop - row + TILE_ROWS - 1) / TILE_ROWS;
+    for (long rows, i = 0; row < stop; row += rows, i++) {
+        ahead next = {weights + STREAM_AHEAD, 128};
+        if (tiles > 1) next = (ahead){following + bytes / (size_t)tiles * (size_t)i, 128 / tiles};
+        rows = tile_rows(stop - row);
+        panel_product(g, row, rows, weights, c, next);
+        finish(g, row, rows, panel, c);
+    }
+}
+
 void linear_team(const linear_args *g, int tid, int size) {
     (void)tid;
-    _Alignas(64) float c[TILE_ROWS * PANEL];
-    long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->weight, g->rows);
+    long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->rows);
     long chunks = (g->rows + per_chunk - 1) / per_chunk, total = panels * chunks;
-    long step = g->rows <= 2 * TILE_ROWS ? team_chunk(total, size) : 1, end;
-    for (long task; (task = team_take(total, step, &end)) >= 0;) {
+    long step = g->rows <= 2 * TILE_ROWS ? team_chunk(total, size) : 1, end, then_end = 0;
+    for (long task = team_take(total, step, &end), then = -1; task >= 0; task = then, end = then_end) {
         for (; task < end; task++) {
-            long panel = task % panels, row = task / panels * per_chunk;
-            long stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
-            for (long rows; row < stop; row += rows) {
-                rows = tile_rows(stop - row);
-                panel_product(g, row, rows, panel, c);
-                finish(g, row, rows, panel, c);
-            }
+            /* what comes next is taken before the last panel begins, so that it can be asked for */
+            if (task == end - 1) then = team_take(total, step, &then_end);
+            long after = task < end - 1 ? task + 1 : then >= 0 ? then : task;
+            long row = task / panels * per_chunk, stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
+            const char *following = (const char *)g->weight->panels + (size_t)(after % panels) * panel_bytes(g->weight);
+            run_panel(g, row, stop, task % panels, following);
         }
     }
     team_barrier(size);

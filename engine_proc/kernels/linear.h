@@ -53,7 +53,8 @@ void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long
 long linear_source_row(const linear_weight *w, long panel, long c);
 
 /* linear_int8.c */
-void tile_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, long panel, float *c);
+void panel_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, const void *panel, float *c,
+                ahead next);
 void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
                        long rows);
 long int8_stride(long k);

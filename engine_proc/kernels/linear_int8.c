@@ -67,7 +67,7 @@ void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long l
 #if defined(__AVX512VNNI__)
 
 INLINE void tile_body(const int rows, const int8_t *a, long stride, const float *scales, const int32_t *starts,
-                      const uint8_t *w, float *c) {
+                      const uint8_t *w, float *c, ahead next) {
     const long groups = stride / X_GROUP;
     __m512 acc[INT8_ROWS][2];
     _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
@@ -77,6 +77,7 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
             sum[r][0] = sum[r][1] = _mm512_set1_epi32(starts[r * groups + g]);
         const float *unit = (const float *)(w + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
         for (int i = 0; i < X_GROUP; i += 4, w += 4 * PANEL) {
+            ask_ahead(&next);
             __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
             _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
                 int32_t four;
@@ -112,8 +113,9 @@ INLINE __m256i dot4(__m256i sum, __m256i w, int32_t four) {
 }
 
 INLINE void tile_body(const int rows, const int8_t *a, long stride, const float *scales, const int32_t *starts,
-                      const uint8_t *w, float *c) {
+                      const uint8_t *w, float *c, ahead next) {
     const long groups = stride / X_GROUP;
+    (void)next; /* bound by arithmetic here */
     for (int r = 0; r < rows; r++) {
         __m256 acc[4]; /* eight columns each */
         for (int q = 0; q < 4; q++) acc[q] = _mm256_setzero_ps();
@@ -140,19 +142,20 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
 
 #endif
 
-void tile_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, long panel, float *c) {
+void panel_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, const void *panel, float *c,
+                ahead next) {
     long stride = int8_stride(w->k), groups = stride / X_GROUP;
     const float *scales = (const float *)((const int8_t *)a + rows_total * stride);
     const int32_t *starts = (const int32_t *)(scales + rows_total * groups) + row * groups;
     const int8_t *x = (const int8_t *)a + row * stride;
-    const uint8_t *panels = (const uint8_t *)w->panels + (size_t)panel * int8_panel_bytes(w->k);
     scales += row * groups;
     for (long done = 0, n; done < rows; done += n) {
         long tiles = (rows - done + INT8_ROWS - 1) / INT8_ROWS;
         n = (rows - done + tiles - 1) / tiles;
-#define CASE(m)                                                                                                     \
-    case m:                                                                                                         \
-        tile_body(m, x + done * stride, stride, scales + done * groups, starts + done * groups, panels, c + done * PANEL); \
+#define CASE(m)                                                                                            \
+    case m:                                                                                                \
+        tile_body(m, x + done * stride, stride, scales + done * groups, starts + done * groups, panel,     \
+                  c + done * PANEL, next);                                                                 \
         break
         switch (n) {
             CASE(1);

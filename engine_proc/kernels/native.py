@@ -8,6 +8,7 @@ buffer per process, guarded by its own lock; ctypes drops the GIL around each ca
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType, is_supported
 from engine_proc.kernels.decoder import Decoder, DecoderModel
-from engine_proc.kernels.native_decoder import NativeDecoder
+from engine_proc.kernels.native_decoder import NativeDecoder, check
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -27,7 +28,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_pack_int8": (None, [_P, _P, _I]),
     "q_advise_huge": (None, [_P, ctypes.c_size_t]),
     "q_rms_norm": (None, [_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F, _I, _I]),
-    "q_rope_cache": (None, [ctypes.c_char_p]),
+    "q_rope_cache": (_I, [ctypes.c_char_p]),
     "q_attention": (_I, [ctypes.c_char_p]),
     "q_decoder_step": (_I, [ctypes.c_char_p, ctypes.c_char_p]),
     "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
@@ -39,8 +40,8 @@ _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 _PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 64}
 _WEIGHT = struct.Struct("2q4q")  # linear_weight in linear.h
-_ROPE = struct.Struct("11q3q5q2q2d")  # rope_args in rope.h
-_ATTENTION = struct.Struct("7q3q5q5q2d")  # attention_args in attention.h
+_ROPE = struct.Struct("11q3q5q2q2q2d")  # rope_args in rope.h
+_ATTENTION = struct.Struct("7q3q3q5q5q2d")  # attention_args in attention.h
 _BF16 = torch.bfloat16
 
 
@@ -54,6 +55,7 @@ class NativeLinear(PackedLinear):
     def __init__(
         self,
         library: ctypes.CDLL,
+        memory: HugePages,
         weight: Tensor,
         bias: Tensor | None,
         dtype: WeightType | None,
@@ -69,7 +71,7 @@ class NativeLinear(PackedLinear):
         inputs = -(-self.k // _PACK_MULTIPLE[stored]) * _PACK_MULTIPLE[stored]
         inputs += inputs // 64 * 4 if stored == "int8" else 0  # a float scale per 64 bytes
         storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[stored]
-        self._panels = _huge_empty(library, panels * inputs * _PANEL, storage)
+        self._panels = memory.empty((panels * inputs * _PANEL,), storage)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         assert self._bias is None or self._bias.shape == (rows,)
         self._struct = ctypes.create_string_buffer(
@@ -93,7 +95,7 @@ class NativeLinear(PackedLinear):
         if out is None:
             out = torch.empty((rows, self.n), dtype=x.dtype)
         assert x.shape[1] == self.k and out.shape[0] == rows and out.shape[1] == self.n and is_supported(x, out)
-        if rows and self._q_linear(
+        failed = rows and self._q_linear(
             self.address,
             x.data_ptr(),
             x.dtype is _BF16,
@@ -102,17 +104,36 @@ class NativeLinear(PackedLinear):
             out.data_ptr(),
             out.dtype is _BF16,
             out.stride(0),
-        ):
-            raise MemoryError("no memory for the scratch rows of a linear layer")
+        )
+        check(failed, "linear")
         return out
 
 
-def _huge_empty(library: ctypes.CDLL, count: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised 64-byte aligned vector that asks for huge pages."""
-    tensor = torch.empty(count, dtype=dtype)
-    library.q_advise_huge(tensor.data_ptr(), tensor.nbytes)
-    assert tensor.data_ptr() % 64 == 0
-    return tensor
+class HugePages:
+    """Memory for what a step streams through, weights above all, in large pieces on huge pages.
+
+    A packed matrix of a small model is below the size of one huge page; side by side they fill some (a tenth more
+    bandwidth). A piece lives as long as a tensor cut from it.
+    """
+
+    PIECE = 64 << 20
+    ALIGNMENT = 64
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._advise = library.q_advise_huge
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor, aligned to a cache line."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._used + nbytes > self._piece.nbytes:
+            self._piece, self._used = torch.empty(max(nbytes, self.PIECE), dtype=torch.uint8), 0
+            self._advise(self._piece.data_ptr(), self._piece.nbytes)
+            assert self._piece.data_ptr() % self.ALIGNMENT == 0
+        tensor = self._piece[self._used : self._used + nbytes].view(dtype).view(shape)
+        self._used += -(-nbytes // self.ALIGNMENT) * self.ALIGNMENT
+        return tensor
 
 
 class NativeKernels(Kernels):
@@ -127,6 +148,7 @@ class NativeKernels(Kernels):
             function = getattr(self.library, name)
             function.restype, function.argtypes = result, arguments
         self._level = level
+        self._memory = HugePages(self.library)
         self._norm = self.library.q_rms_norm
         self._rope = self.library.q_rope_cache
         self._attend = self.library.q_attention
@@ -139,6 +161,9 @@ class NativeKernels(Kernels):
         self.threads = int(self.library.q_set_threads(count))
         return self.threads
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._memory.empty(shape, dtype)
+
     def linear(
         self,
         weight: Tensor,
@@ -147,7 +172,7 @@ class NativeKernels(Kernels):
         dtype: WeightType | None = None,
         gate: Activation | None = None,
     ) -> PackedLinear:
-        return NativeLinear(self.library, weight, bias, dtype, gate)
+        return NativeLinear(self.library, self._memory, weight, bias, dtype, gate)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
@@ -240,7 +265,7 @@ class NativeKernels(Kernels):
         assert cos is None or (cos.is_contiguous() and sin is not None and sin.is_contiguous())
         assert positions.dtype is torch.int32 and (slots is None or slots.dtype is torch.int32)
         assert all(w is None or (w.dtype is torch.float32 and w.shape[0] == dim) for w in (q_norm, k_norm))
-        self._rope(
+        failed = self._rope(
             _ROPE.pack(
                 q.data_ptr(),
                 k.data_ptr(),
@@ -261,12 +286,15 @@ class NativeKernels(Kernels):
                 kv_heads,
                 dim,
                 half,
+                0 if cos is None else cos.shape[0],
+                k_cache.shape[0] * k_cache.shape[1],
                 q.dtype is _BF16,
                 k_cache.dtype is _BF16,
                 eps,
                 norm_offset,
             )
         )
+        check(failed, "rope_cache")
 
     def attention(
         self,
@@ -292,7 +320,7 @@ class NativeKernels(Kernels):
         assert is_supported(q, out) and k_cache.is_contiguous() and v_cache.is_contiguous()
         assert block_tables.dtype is query_starts.dtype is context_lens.dtype is torch.int32
         assert block_tables.stride(1) == 1 and k_cache.dtype is v_cache.dtype
-        if self._attend(
+        failed = self._attend(
             _ATTENTION.pack(
                 q.data_ptr(),
                 k_cache.data_ptr(),
@@ -304,6 +332,9 @@ class NativeKernels(Kernels):
                 q.stride(0),
                 out.stride(0),
                 block_tables.stride(0),
+                q.shape[0],
+                k_cache.shape[0],
+                block_tables.shape[1],
                 context_lens.shape[0],
                 block_size,
                 q_heads,
@@ -317,8 +348,8 @@ class NativeKernels(Kernels):
                 scale,
                 softcap,
             )
-        ):
-            raise MemoryError("no memory for the scratch space of attention")
+        )
+        check(failed, "attention")
         return out
 
     def decoder(self, model: DecoderModel) -> Decoder:

@@ -14,11 +14,19 @@ from torch import Tensor
 
 from engine_proc.kernels.decoder import DecoderLayer, DecoderModel, StepInput
 
-_LAYER = struct.Struct("14q2q")  # decoder_layer
-_MODEL = struct.Struct("4q7q3q4d4d")  # decoder_model
-_STEP = struct.Struct("11q4q")  # decoder_step
+_LAYER = struct.Struct("14q3q")  # decoder_layer
+_MODEL = struct.Struct("4q9q3q4d4d")  # decoder_model
+_STEP = struct.Struct("11q5q")  # decoder_step
 TIME_KINDS = ("norms", "qkv", "rope_cache", "attention", "o", "gate_up", "down", "head")
 _BF16 = torch.bfloat16
+
+
+def check(failed: int, what: str) -> None:
+    """Raises what a result of the library means: -1 no memory for scratch space, -2 an index outside its array."""
+    if failed:
+        if failed == -2:
+            raise IndexError(f"{what}: a block, slot, position, id or row is out of range")
+        raise MemoryError(f"{what}: no memory for scratch space")
 
 
 class NativeDecoder:
@@ -38,12 +46,12 @@ class NativeDecoder:
             self._float(model.final_norm),
             model.head.address if model.head is not None else 0,  # type: ignore[attr-defined]
             len(model.layers),
-            self._hidden,
+            *model.embedding.shape,
             model.layers[0].down.k,
             model.q_heads,
             model.kv_heads,
             model.head_dim,
-            model.layers[0].k_cache.shape[1],
+            *model.layers[0].k_cache.shape[:2],
             model.embedding.dtype is _BF16,
             model.layers[0].k_cache.dtype is _BF16,
             model.qk_norm_full,
@@ -92,11 +100,11 @@ class NativeDecoder:
                 rows,
                 step.context_lens.shape[0],
                 step.block_tables.stride(0),
+                step.block_tables.shape[1],
                 outs,
             ),
         )
-        if failed:
-            raise MemoryError(f"no memory for the scratch space of a step of {rows} rows")
+        check(failed, "decoder step")
         return scores, states
 
     def take_times(self) -> dict[str, float]:
@@ -117,6 +125,7 @@ class NativeDecoder:
             self._float(layer.cos),
             self._float(layer.sin),
             0 if layer.cos is None else layer.cos.shape[1],
+            0 if layer.cos is None else layer.cos.shape[0],
             layer.window,
         )
 

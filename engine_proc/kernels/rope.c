@@ -51,9 +51,19 @@ void rope_team(const rope_args *a, int tid, int size) {
     team_barrier(size);
 }
 
+int rope_valid(const rope_args *a) {
+    for (long r = 0; r < a->rows; r++) {
+        if (a->cos && (a->positions[r] < 0 || a->positions[r] >= a->position_count)) return 0;
+        if (a->slots && a->slots[r] >= a->slot_count) return 0;
+    }
+    return 1;
+}
+
 static void call_team(int tid, int size, void *arg) { rope_team(arg, tid, size); }
 
-/* Entry point for Python. */
-void q_rope_cache(const rope_args *a) {
+/* Entry point for Python.  0; -2 when an index is out of range. */
+int q_rope_cache(const rope_args *a) {
+    if (!rope_valid(a)) return -2;
     pool_call(call_team, (void *)a, a->rows * (a->q_heads + 2 * a->kv_heads) * a->head_dim);
+    return 0;
 }

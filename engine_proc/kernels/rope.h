@@ -14,9 +14,13 @@ typedef struct {
     void *k_cache, *v_cache;     /* [slots][kv_heads][head_dim] */
     int64_t ldq, ldk, ldv;
     int64_t rows, q_heads, kv_heads, head_dim, half;
+    int64_t position_count, slot_count; /* of cos and sin, of the cache: bounds that are checked */
     int64_t is_bf16, cache_bf16;
     double eps, norm_offset;
 } rope_args;
+
+/* Whether every position and slot is in range. */
+int rope_valid(const rope_args *args);
 
 /* One phase of a team; ends with a barrier. */
 void rope_team(const rope_args *args, int tid, int size);

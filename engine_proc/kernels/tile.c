@@ -17,7 +17,7 @@
 #define ROWS_ADVANCE(x, by) UNROLL for (int g = 0; g < ROW_GROUPS; g++) x[g] += (by)
 
 INLINE void tile_f32_body(const int rows, const float *a, long lda, const float *panel, long k, float *c, long ldc,
-                          int accumulate) {
+                          int accumulate, const int weights, ahead next) {
     for (int half = 0; half < PANEL / 16; half += TILE_VECS) {
         v16 acc[TILE_ROWS][TILE_VECS];
         const float *w = panel + 16 * half;
@@ -27,6 +27,7 @@ INLINE void tile_f32_body(const int rows, const float *a, long lda, const float 
         ROWS_START(float, x, a);
         for (long i = 0; i < k; i++, w += PANEL) {
             ROWS_HIDE(step);
+            if (weights && half == 0) ask_ahead(&next);
             v16 wj[TILE_VECS];
             UNROLL for (int j = 0; j < TILE_VECS; j++) wj[j] = v_pin(v_load(w + 16 * j));
             UNROLL for (int r = 0; r < rows; r++) {
@@ -54,13 +55,14 @@ INLINE v16 dot_pairs(v16 acc, v16 x, v16 w) {
 }
 #endif
 
-INLINE void tile_bf16_body(const int rows, const void *a, long lda, const bf16 *panel, long k, float *c) {
+INLINE void panel_bf16_body(const int rows, const void *a, long lda, const bf16 *panel, long k, float *c, ahead next) {
     v16 acc[TILE_ROWS][2];
     const float *w = (const float *)panel; /* pairs, as 32-bit lanes */
     UNROLL for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = v_zero();
     ROWS_START(bf16, x, a);
     for (long i = 0; i < k; i += 2, w += PANEL) {
         ROWS_HIDE(step);
+        ask_ahead(&next);
         v16 w0 = v_load(w), w1 = v_load(w + 16);
         UNROLL for (int r = 0; r < rows; r++) {
             float pair;
@@ -79,7 +81,7 @@ INLINE void tile_bf16_body(const int rows, const void *a, long lda, const bf16 *
 
 #else
 
-INLINE void tile_bf16_body(const int rows, const void *a, long lda, const bf16 *panel, long k, float *c) {
+INLINE void panel_bf16_body(const int rows, const void *a, long lda, const bf16 *panel, long k, float *c, ahead next) {
     for (int half = 0; half < PANEL / 16; half += TILE_VECS) {
         v16 acc[TILE_ROWS][TILE_VECS];
         const float *w = (const float *)panel + 16 * half; /* pairs, as 32-bit lanes */
@@ -88,6 +90,7 @@ INLINE void tile_bf16_body(const int rows, const void *a, long lda, const bf16 *
         ROWS_START(float, x, a);
         for (long i = 0; i < k; i += 2, w += PANEL) {
             ROWS_HIDE(step);
+            if (half == 0) ask_ahead(&next);
             v16 even[TILE_VECS], odd[TILE_VECS];
             UNROLL for (int j = 0; j < TILE_VECS; j++) {
                 v16 pairs = v_load(w + 16 * j);
@@ -113,10 +116,13 @@ INLINE void tile_bf16_body(const int rows, const void *a, long lda, const bf16 *
 
 #define TILE(rows)                                                                                                    \
     static void tile_f32_##rows(const float *a, long lda, const float *panel, long k, float *c, long ldc, int acc) {  \
-        tile_f32_body(rows, a, lda, panel, k, c, ldc, acc);                                                           \
+        tile_f32_body(rows, a, lda, panel, k, c, ldc, acc, 0, (ahead){0});                                            \
     }                                                                                                                 \
-    static void tile_bf16_##rows(const void *a, long lda, const bf16 *panel, long k, float *c) {                      \
-        tile_bf16_body(rows, a, lda, panel, k, c);                                                                    \
+    static void panel_f32_##rows(const float *a, long lda, const float *panel, long k, float *c, ahead next) {        \
+        tile_f32_body(rows, a, lda, panel, k, c, PANEL, 0, 1, next);                                                  \
+    }                                                                                                                 \
+    static void panel_bf16_##rows(const void *a, long lda, const bf16 *panel, long k, float *c, ahead next) {         \
+        panel_bf16_body(rows, a, lda, panel, k, c, next);                                                             \
     }
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if TILE_ROWS == 12
@@ -127,4 +133,5 @@ TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 #endif
 
 const tile_f32_fn tile_f32[TILE_ROWS + 1] = TILES(tile_f32_);
-const tile_bf16_fn tile_bf16[TILE_ROWS + 1] = TILES(tile_bf16_);
+const panel_f32_fn panel_f32[TILE_ROWS + 1] = TILES(panel_f32_);
+const panel_bf16_fn panel_bf16[TILE_ROWS + 1] = TILES(panel_bf16_);

@@ -21,13 +21,30 @@
 #define TILE_VECS 1
 #endif
 
+/* What to ask memory for while a panel is multiplied: with each 128 bytes of it, the line at `at` and the next, and then
+ * `step` bytes on.  Any address is fine. */
+typedef struct {
+    const char *at;
+    long step;
+} ahead;
+
+INLINE void ask_ahead(ahead *next) {
+    _mm_prefetch(next->at, _MM_HINT_T0);
+    _mm_prefetch(next->at + 64, _MM_HINT_T0);
+    next->at += next->step;
+}
+
 typedef void (*tile_f32_fn)(const float *a, long lda, const float *panel, long k, float *c, long ldc, int accumulate);
-typedef void (*tile_bf16_fn)(const void *a, long lda, const bf16 *panel, long k, float *c);
+typedef void (*panel_f32_fn)(const float *a, long lda, const float *panel, long k, float *c, ahead next);
+typedef void (*panel_bf16_fn)(const void *a, long lda, const bf16 *panel, long k, float *c, ahead next);
 
-extern const tile_f32_fn tile_f32[TILE_ROWS + 1];   /* index: number of rows */
-extern const tile_bf16_fn tile_bf16[TILE_ROWS + 1]; /* c has PANEL columns; a is BF16_OPERAND */
+/* Index: number of rows.  The panel functions are for weights: c has PANEL columns and is overwritten; bf16: `a` is rows
+ * of bf16_operand. */
+extern const tile_f32_fn tile_f32[TILE_ROWS + 1];
+extern const panel_f32_fn panel_f32[TILE_ROWS + 1];
+extern const panel_bf16_fn panel_bf16[TILE_ROWS + 1];
 
-/* What tile_bf16 multiplies the weights with: bfloat16 rows where the processor has a bfloat16 dot product, else
+/* What panel_bf16 multiplies the weights with: bfloat16 rows where the processor has a bfloat16 dot product, else
  * rows already widened to float. */
 #if defined(__AVX512BF16__) || defined(QUARTET_EMULATE_BF16_DOT)
 #define BF16_DOT 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,26 @@ def test_queries_inside_wider_rows_and_sequences_without_rows(kernels: Kernels) 
     )
     close(out[:, 16:], expected)
     assert out[:, :16].isnan().all()
+
+
+@pytest.mark.parametrize("kernels", NATIVE[:1], indirect=True, ids=str)
+def test_an_index_out_of_range_is_refused_before_anything_is_read(kernels: Kernels) -> None:
+    def run(change: Callable[[Batch], object]) -> Tensor:
+        batch = Batch(sequences=[(2, 20), (1, 40)], dim=16)
+        change(batch)
+        return batch.run(kernels)
+
+    assert not run(lambda batch: None).isnan().any()
+    changes: list[Callable[[Batch], object]] = [
+        lambda batch: batch.tables[1, :1].fill_(len(batch.caches[0])),
+        lambda batch: batch.tables[0, 1:2].fill_(-1),
+        lambda batch: batch.contexts[0:1].fill_(1),
+        lambda batch: batch.contexts[1:2].fill_(1000),
+        lambda batch: batch.starts[2:3].fill_(4),
+    ]
+    for change in changes:
+        with pytest.raises(IndexError):
+            run(change)
 
 
 def test_large_scores_do_not_overflow(kernels: Kernels) -> None:

@@ -200,6 +200,15 @@ def test_rows_with_negative_ids_take_given_embeddings(kernels: Kernels, dtype: t
     assert torch.equal(kernels.decoder(weights.model(kernels))(given)[0], expected)
 
 
+def test_an_index_out_of_range_is_refused(kernels: Kernels) -> None:
+    decoder, requests = kernels.decoder(Weights(torch.float32).model(kernels)), Requests(LENGTHS)
+    for name, value in (("ids", VOCAB), ("ids", -1), ("positions", POSITIONS), ("slots", BLOCKS * BLOCK), ("out_rows", 9)):
+        step = requests.step({1: (0, 9)})
+        getattr(step, name)[0] = value
+        with pytest.raises(IndexError):
+            decoder(step)
+
+
 def test_times_are_taken_by_kind_and_reset(kernels: Kernels) -> None:
     decoder = kernels.decoder(Weights(torch.float32).model(kernels))
     decoder(Requests(LENGTHS).step({3: (0, 300)}))

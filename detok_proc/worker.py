@@ -20,6 +20,7 @@ from pipeline.config import ServerConfig
 from pipeline.errors import StartError
 from pipeline.ids import frontend_epoch, frontend_index, short_epoch
 from pipeline.messages import Deltas, Failed, FailedItem, Finish, Kind, Load, Open, StepOut, StopHit, TokenOut
+from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 
@@ -29,26 +30,11 @@ SILENT = (Finish.ABORT, Finish.ERROR)   # closings that the frontend hears of fr
 log = logging.getLogger(__name__)
 
 
-class Vocabs:
-    """The vocabulary of each model, loaded at first use; a failure is remembered."""
+class Vocabs(PerModel[Vocab]):
+    """The vocabulary of each model."""
 
     def __init__(self, config: ServerConfig, load: Callable[[str], Vocab] = Vocab.load) -> None:
-        self._paths = [model.tokenizer or model.path for model in config.models]
-        self._load = load
-        self._known: dict[int, Vocab | StartError] = {}
-
-    def get(self, model: int) -> Vocab:
-        """StartError when the model's tokenizer cannot be read; IndexError for a model that does not exist."""
-        known = self._known.get(model)
-        if known is None:
-            try:
-                known = self._load(self._paths[model])
-            except StartError as error:
-                known = error
-            self._known[model] = known
-        if isinstance(known, StartError):
-            raise known
-        return known
+        super().__init__(config.models, lambda model: load(model.tokenizer or model.path))
 
 
 class DetokWorker:

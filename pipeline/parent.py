@@ -1,4 +1,4 @@
-"""Dying with the parent, for processes that are not stages. Light: imports nothing of ours.
+"""Dying with the parent. Light: imports nothing of ours.
 
 ``python -m pipeline.parent PID MODULE ...`` runs a module as a program that cannot outlive the process PID.
 """

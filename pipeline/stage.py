@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -32,10 +31,10 @@ from pipeline.endpoints import endpoint, path_of
 from pipeline.errors import StartError
 from pipeline.messages import Kind, State
 from pipeline.outbox import Outboxes
+from pipeline.parent import die_with
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Logic, Sender, Status
 
-PR_SET_PDEATHSIG = 1
 MAX_MESSAGES_PER_TURN = 256
 MAX_POLL_MS = 1000
 FLUSH_POLL_MS = 5
@@ -97,11 +96,8 @@ def die_with_parent(launcher_pid: int) -> None:
 
     `launcher_pid` 0: the stage was started by hand and outlives its shell's fate as any program does.
     """
-    if not launcher_pid:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher_pid:
-        sys.exit("the launcher is gone")
+    if launcher_pid:
+        die_with(launcher_pid)
 
 
 def enter(kind: Kind, argv: Sequence[str] | None = None, options: Sequence[str] = ()) -> Context:

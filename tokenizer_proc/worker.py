@@ -36,6 +36,7 @@ from pipeline.messages import (
     unpack_ids,
     unpack_rids,
 )
+from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 from tokenizer_proc.limits import DeadlinePassed
@@ -51,26 +52,11 @@ Work = Submit | TokenizeQuery | DetokenizeQuery
 log = logging.getLogger(__name__)
 
 
-class TextModels:
-    """The tokenizer and templates of each model, loaded at first use; a failure is remembered."""
+class TextModels(PerModel[TextModel]):
+    """The tokenizer and templates of each model."""
 
     def __init__(self, config: ServerConfig, load: Callable[[ModelConfig], TextModel] = TextModel) -> None:
-        self._configs = config.models
-        self._load = load
-        self._known: dict[int, TextModel | StartError] = {}
-
-    def get(self, model: int) -> TextModel:
-        """StartError when the model's tokenizer cannot be read; IndexError for a model that does not exist."""
-        known = self._known.get(model)
-        if known is None:
-            try:
-                known = self._load(self._configs[model])
-            except StartError as error:
-                known = error
-            self._known[model] = known
-        if isinstance(known, StartError):
-            raise known
-        return known
+        super().__init__(config.models, load)
 
 
 @dataclass(slots=True)

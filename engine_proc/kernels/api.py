@@ -162,8 +162,10 @@ class Kernels(ABC):
         among equals), log-sum-exp (float32 [T]) and whether the row holds a NaN (bool [T]; the rest is then void)."""
 
 
-def is_supported(*tensors: Tensor) -> bool:
-    """Whether these are CPU tensors of a type the kernels read, contiguous in the last dimension."""
-    return all(
-        t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) and t.stride(-1) == 1 for t in tensors
+def is_supported(tensor: Tensor) -> bool:
+    """Whether this is a CPU tensor of a type the kernels read, contiguous in the last dimension."""
+    return (
+        tensor.is_cpu
+        and (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16)
+        and tensor.stride()[-1] == 1
     )

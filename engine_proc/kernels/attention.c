@@ -127,7 +127,7 @@ int q_attention(const attention_args *a) {
     void *scratch = pool_scratch(attention_scratch_bytes(a, size));
     if (scratch) {
         attention_plan_make(&plan, a, size, scratch);
-        pool_run(call_team, &plan);
+        pool_run(call_team, &plan, POOL_ALWAYS);
     }
     pool_leave();
     return scratch ? 0 : -1;

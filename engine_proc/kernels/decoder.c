@@ -332,7 +332,7 @@ int q_decoder_step(const decoder_model *m, const decoder_step *s) {
     if (base) {
         lay_out(&c, base, size);
         c.attention.q = c.qkv;
-        pool_run(step_team, &c);
+        pool_run(step_team, &c, POOL_ALWAYS);
     }
     pool_leave();
     return base ? 0 : -1;

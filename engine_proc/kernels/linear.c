@@ -182,7 +182,7 @@ int q_linear(const linear_weight *w, const void *x, int x_bf16, long ldx, long r
         call.scratch = pool_scratch(call.private_bytes ? bytes * (size_t)pool_size() : bytes);
         failed = !call.scratch;
     }
-    if (!failed) pool_run(linear_call_team, &call);
+    if (!failed) pool_run(linear_call_team, &call, rows * w->n * w->k);
     pool_leave();
     return -failed;
 }
@@ -223,9 +223,7 @@ static void pack_team(int tid, int size, void *arg) {
 /* Fills w->panels, of panels * (padded k) * 32 elements, from src[n][k] (gated: [2n][k]); float or bfloat16. */
 void q_pack(const linear_weight *w, const void *src, int src_bf16) {
     pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w, .panels = (void *)w->panels};
-    pool_enter();
-    pool_run(pack_team, &p);
-    pool_leave();
+    pool_call(pack_team, &p, POOL_ALWAYS);
 }
 
 /* Asks for huge pages under a packed weight: a stream then needs 500 times fewer address translations. */

@@ -204,7 +204,5 @@ static void pack_team(int tid, int size, void *arg) {
  * panels * (k padded to 64) * 34 bytes. */
 void q_pack_int8(const linear_weight *w, const void *src, int src_bf16) {
     pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w};
-    pool_enter();
-    pool_run(pack_team, &p);
-    pool_leave();
+    pool_call(pack_team, &p, POOL_ALWAYS);
 }

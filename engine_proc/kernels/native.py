@@ -91,10 +91,10 @@ class NativeLinear(PackedLinear):
         self.nbytes = self._panels.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows = x.shape[0]
+        rows, inputs = x.shape
         if out is None:
             out = torch.empty((rows, self.n), dtype=x.dtype)
-        assert x.shape[1] == self.k and out.shape[0] == rows and out.shape[1] == self.n and is_supported(x, out)
+        assert inputs == self.k and (*out.shape,) == (rows, self.n) and is_supported(x) and is_supported(out)
         failed = rows and self._q_linear(
             self.address,
             x.data_ptr(),
@@ -189,7 +189,7 @@ class NativeKernels(Kernels):
         offset: float = 0.0,
         out: Tensor | None = None,
     ) -> Tensor:
-        assert x.shape == residual.shape and x.dtype is residual.dtype
+        assert (*x.shape,) == (*residual.shape,) and x.dtype is residual.dtype and is_supported(x)
         return self._rms_norm(residual, x, weight, eps, offset, out)
 
     def _rms_norm(
@@ -198,8 +198,8 @@ class NativeKernels(Kernels):
         rows, dim = x.shape
         if out is None:
             out = torch.empty((rows, dim), dtype=x.dtype)
-        assert weight.shape[0] == dim and out.shape == x.shape and out.dtype is x.dtype and is_supported(x, weight, out)
-        assert add is None or is_supported(add)
+        assert (*weight.shape,) == (dim,) and (*out.shape,) == (rows, dim) and out.dtype is x.dtype
+        assert is_supported(x) and is_supported(weight) and is_supported(out)
         self._norm(
             x.data_ptr(),
             0 if add is None else add.data_ptr(),
@@ -220,7 +220,7 @@ class NativeKernels(Kernels):
 
     def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
         rows, dim, stride = x.shape[0], weight.shape[0], x.stride(0)
-        assert x.shape[1] % dim == 0 and is_supported(x, weight)
+        assert x.shape[1] % dim == 0 and is_supported(x) and is_supported(weight)
         here = x.data_ptr()
         self._norm(
             here,
@@ -260,7 +260,8 @@ class NativeKernels(Kernels):
         kv_heads, dim = k_cache.shape[2], k_cache.shape[3]
         rows, half = q.shape[0], 0 if cos is None else cos.shape[1]
         assert q.shape[1] % dim == 0 and k.shape == v.shape == (rows, kv_heads * dim) and 2 * half <= dim <= 1024
-        assert q.dtype is k.dtype is v.dtype and k_cache.dtype is v_cache.dtype and is_supported(q, k, v)
+        assert q.dtype is k.dtype is v.dtype and k_cache.dtype is v_cache.dtype
+        assert is_supported(q) and is_supported(k) and is_supported(v)
         assert k_cache.is_contiguous() and v_cache.is_contiguous()
         assert cos is None or (cos.is_contiguous() and sin is not None and sin.is_contiguous())
         assert positions.dtype is torch.int32 and (slots is None or slots.dtype is torch.int32)
@@ -317,7 +318,7 @@ class NativeKernels(Kernels):
         q_heads = q.shape[1] // dim if q.dim() == 2 else q.shape[1]
         assert q_heads % kv_heads == 0 and dim % 8 == 0 and out.shape == q.shape and out.dtype is q.dtype
         assert q.dim() == 2 or q.stride(1) == out.stride(1) == dim
-        assert is_supported(q, out) and k_cache.is_contiguous() and v_cache.is_contiguous()
+        assert is_supported(q) and is_supported(out) and k_cache.is_contiguous() and v_cache.is_contiguous()
         assert block_tables.dtype is query_starts.dtype is context_lens.dtype is torch.int32
         assert block_tables.stride(1) == 1 and k_cache.dtype is v_cache.dtype
         failed = self._attend(
@@ -359,7 +360,7 @@ class NativeKernels(Kernels):
         rows, dim = x.shape[0], x.shape[1] // 2
         if out is None:
             out = torch.empty((rows, dim), dtype=x.dtype)
-        assert out.shape == (rows, dim) and out.dtype is x.dtype and is_supported(x, out)
+        assert (*out.shape,) == (rows, dim) and out.dtype is x.dtype and is_supported(x) and is_supported(out)
         self.library.q_act_mul(
             x.data_ptr(), out.data_ptr(), rows, dim, x.stride(0), out.stride(0), _ACTS[act], x.dtype is _BF16
         )

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #define MAX_THREADS 256
-#define WORTH_A_TEAM 16384 /* elements: below, waking a thread costs more than it saves */
+#define WORTH_A_TEAM 16384 /* below, waking a thread costs more than it saves */
 #define ALIGNED _Alignas(64)
 
 static struct {
@@ -134,25 +134,22 @@ void pool_leave(void) { pthread_mutex_unlock(&mutex); }
 
 int pool_size(void) { return pool.size; }
 
-void pool_run(team_fn fn, void *arg) {
-    pool.fn = fn;
-    pool.arg = arg;
-    if (pool.size > 1) advance(&pool.job);
+void pool_run(team_fn fn, void *arg, long work) {
+    int size = work < WORTH_A_TEAM ? 1 : pool.size;
     unsigned mode = ignore_denormals();
-    fn(0, pool.size, arg);
+    if (size > 1) {
+        pool.fn = fn;
+        pool.arg = arg;
+        advance(&pool.job);
+    }
+    fn(0, size, arg);
     __builtin_ia32_ldmxcsr(mode);
-    team_barrier(pool.size);
+    team_barrier(size);
 }
 
-void pool_call(team_fn fn, void *arg, long elements) {
+void pool_call(team_fn fn, void *arg, long work) {
     pool_enter();
-    if (elements < WORTH_A_TEAM) {
-        unsigned mode = ignore_denormals();
-        fn(0, 1, arg);
-        __builtin_ia32_ldmxcsr(mode);
-    } else {
-        pool_run(fn, arg);
-    }
+    pool_run(fn, arg, work);
     pool_leave();
 }
 

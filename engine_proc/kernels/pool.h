@@ -18,9 +18,12 @@ typedef void (*team_fn)(int tid, int size, void *arg);
 void pool_enter(void);
 void pool_leave(void);
 int pool_size(void);
-void pool_run(team_fn fn, void *arg);
-/* Takes the team, or only the calling thread when the work (in touched elements) is too small to wake the others. */
-void pool_call(team_fn fn, void *arg, long elements);
+/* Runs the function on the team, or on the calling thread alone when the work (in elements that are read or multiplied)
+ * is too small to wake the others. */
+void pool_run(team_fn fn, void *arg, long work);
+/* pool_run between pool_enter and pool_leave. */
+void pool_call(team_fn fn, void *arg, long work);
+#define POOL_ALWAYS __LONG_MAX__
 /* 64-byte aligned, contents undefined, valid until pool_leave; NULL when the memory is not to be had. */
 void *pool_scratch(size_t bytes);
 

@@ -43,11 +43,13 @@ INLINE void argmax_row(const logits_call *c, long r, const int is_bf16) {
     float max = row_max(c, row, &nan, is_bf16);
     c->nan[r] = (uint8_t)nan;
     c->ids[r] = 0;
-    for (long i = 0; !nan && i < c->vocab; i++)
-        if (load_scalar(row, i, is_bf16) == max) {
-            c->ids[r] = (int32_t)i;
-            break;
-        }
+    v16 best = v_set1(max);
+    for (long i = 0; !nan && i < c->vocab; i += 16) {
+        unsigned equal = v_gt_bits(best, row_part(c, row, i, is_bf16)) ^ 0xffff;
+        if (!equal) continue;
+        c->ids[r] = (int32_t)(i + __builtin_ctz(equal));
+        break;
+    }
     if (c->values) c->values[r] = nan ? NAN : max - row_logsumexp(c, row, max, is_bf16);
 }
 

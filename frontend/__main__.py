@@ -34,6 +34,7 @@ from pipeline.stage import Context, enter
 
 LAST_WORDS_S = 2.0               # for error events and their connections, after the drain
 DRAIN_POLL_S = 0.02
+HEAR_S = 3.0                     # for the first beacons of the other stages
 log = logging.getLogger("frontend")
 
 
@@ -62,6 +63,7 @@ class Process:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         link = Link(self._context, self._watcher, self._stages, self._table, self._metrics)
         app, _ = build_app(self._frontend)
+        await self._hear_everybody()
         edge = Edge(self._context, self._frontend) if self._context.config.edge.endpoint is not None else None
         server = await serve(app, listening_socket(self._context))
         loop.add_signal_handler(signal.SIGTERM, self._terminate)        # Sanic has put its own
@@ -74,6 +76,13 @@ class Process:
         if edge is not None:
             edge.close()
         link.close()
+
+    async def _hear_everybody(self) -> None:
+        """Do not serve before the others' beacons are in: a successor would refuse what queued while it started."""
+        expected = [m for m in self._context.config.members() if m != (Kind.FRONTEND, self._context.index)]
+        deadline = time.monotonic() + HEAR_S
+        while not all(m in self._watcher.latest for m in expected) and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def _drain(self, server: AsyncioServer) -> None:
         """Refuse what is new, let the rest finish, then end it with an error."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine_proc.kernels import Kernels, load, reference
+from engine_proc.kernels import DecoderLayer, DecoderModel, Kernels, PackedLinear, StepInput, load, reference
 
 HIDDEN, INNER, VOCAB, LAYERS = 576, 1536, 49152, 30
 Q_HEADS, KV_HEADS, DIM = 9, 3, 64
@@ -192,12 +192,89 @@ def small_cases(kernels: Kernels, rows: list[int]) -> list[Case]:
     return cases
 
 
+def decoder_cases(kernels: Kernels, batches: list[tuple[int, int, int]], stored: str, layers: int) -> list[Case]:
+    """A whole step with the head, against the same layers made of torch operations."""
+    steps = [decoder_step(*batch) for batch in batches]
+    blocks = max(int(step.block_tables.max()) for step in steps) + 1
+    fused = kernels.decoder(decoder_model(kernels, stored, layers, blocks))
+    plain_kernels = load(level="torch")
+    plain = plain_kernels.decoder(decoder_model(plain_kernels, None, layers, blocks))
+    width = (2 * Q_HEADS + 2 * KV_HEADS) * DIM  # qkv and o
+    body, head = layers * HIDDEN * (3 * INNER + width), VOCAB * HIDDEN
+    cases = []
+    for (sequences, new, context), step in zip(batches, steps, strict=True):
+        cases.append(
+            Case(
+                name=f"step {stored}, {sequences} x {new} new of {context}",
+                ours=lambda s=step: fused(s),
+                torchs=lambda s=step: plain(s),
+                gbytes=(body + head) * (1 if stored == "int8" else 2) / 1e9,
+                gflop=2 * sequences * (new * body + head) / 1e9,
+            )
+        )
+    return cases
+
+
+def decoder_step(sequences: int, new: int, context: int) -> StepInput:
+    per = -(-context // 16)
+    tables = torch.randperm(sequences * per).int().view(sequences, per)
+    positions = torch.arange(context - new, context).repeat(sequences)
+    starts = torch.arange(0, (sequences + 1) * new, new).int()
+    rows = torch.arange(sequences).repeat_interleave(new)
+    return StepInput(
+        ids=torch.randint(0, VOCAB, (sequences * new,)).int(),
+        positions=positions.int(),
+        slots=(tables[rows, positions // 16] * 16 + positions % 16).int(),
+        block_tables=tables,
+        query_starts=starts,
+        context_lens=torch.full((sequences,), context, dtype=torch.int32),
+        out_rows=starts[1:] - 1,
+    )
+
+
+def decoder_model(kernels: Kernels, stored: str | None, layers: int, blocks: int) -> DecoderModel:
+    angles = torch.rand(4096, DIM // 2)
+    norm = torch.ones(HIDDEN, dtype=BF16)
+    width = (Q_HEADS + 2 * KV_HEADS) * DIM
+
+    def linear(rows: int, columns: int, gate: str | None = None) -> PackedLinear:
+        return kernels.linear(weights(rows, columns), dtype=stored, gate=gate)  # type: ignore[arg-type]
+
+    def layer() -> DecoderLayer:
+        shape = (blocks, 16, KV_HEADS, DIM)
+        return DecoderLayer(
+            qkv=linear(width, HIDDEN),
+            o=linear(HIDDEN, HIDDEN),
+            gate_up=linear(2 * INNER, HIDDEN, "silu"),
+            down=linear(HIDDEN, INNER),
+            k_cache=kernels.empty(shape, BF16).fill_(0.1),
+            v_cache=kernels.empty(shape, BF16).fill_(0.1),
+            cos=angles.cos(),
+            sin=angles.sin(),
+            input_norm=norm,
+            mlp_norm=norm,
+        )
+
+    embedding = weights(VOCAB, HIDDEN)
+    return DecoderModel(
+        layers=tuple(layer() for _ in range(layers)),
+        embedding=embedding,
+        final_norm=norm,
+        head=kernels.linear(embedding, dtype=stored),  # type: ignore[arg-type]
+        q_heads=Q_HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        eps=1e-5,
+        scale=0.125,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--level", help="instruction set (engine_proc/kernels/isa.py)")
     parser.add_argument("--quick", action="store_true", help="fewer layers, rows and runs")
-    parser.add_argument("--only", default="linear,head,attention,small")
+    parser.add_argument("--only", default="linear,int8,head,attention,small,step", help="groups, float32 is another")
     options = parser.parse_args()
     kernels = load(level=options.level)
     torch.set_num_threads(options.threads)
@@ -214,6 +291,13 @@ def main() -> None:
         "attention": lambda: attention_cases(
             kernels, [(1, 1, 300), (8, 1, 300), (32, 1, 300), (1, 1, 4000), (1, 200, 200), (2, 256, 2000)]
         ),
+        "step": lambda: [
+            case
+            for stored in ("bfloat16", "int8")
+            for case in decoder_cases(
+                kernels, [(1, 1, 300), (8, 1, 300), (32, 1, 300), (1, 201, 201)], stored, layers
+            )
+        ],
         "small": lambda: small_cases(kernels, [1, 32, 512]),
     }
     for name in options.only.split(","):

@@ -35,16 +35,17 @@ def load(*, level: str | None = None, compiler: str | None = None, directory: Pa
     """The kernels for this machine.
 
     `level` forces an instruction set (isa.LEVELS; "torch" for the fallback), `compiler` a C compiler, `directory` where
-    compiled libraries are kept; by default the best, the system's and build.cache_dir(). Call it once per process: each
-    library that is loaded has threads of its own.
+    compiled libraries are kept; by default the best that compiles, the system's and
+    build.cache_dir(). Call it once per process: each library has threads of its own. Where the result is native, give
+    torch one thread (torch.set_num_threads(1)): two teams that spin for the same processors slow each other threefold.
     """
-    level = level or isa.best_level()
-    if level is None:
-        return TorchKernels("this processor has no AVX2")
     if level == "torch":
         return TorchKernels("asked for")
-    try:
-        return NativeKernels(build.library(level, compiler=compiler, directory=directory), level)
-    except (build.KernelBuildError, OSError) as error:
-        logger.warning("the CPU kernels are not available, torch is used instead: %s", error)
-        return TorchKernels(str(error))
+    reason = "this processor has no AVX2"
+    for candidate in [level] if level else isa.runnable():
+        try:
+            return NativeKernels(build.library(candidate, compiler=compiler, directory=directory), candidate)
+        except (build.KernelBuildError, OSError) as error:  # an old compiler may still manage the next level
+            reason = str(error)
+            logger.warning("no CPU kernels for %s: %s", candidate, error)
+    return TorchKernels(reason)

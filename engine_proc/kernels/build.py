@@ -49,7 +49,7 @@ def library(level: str, *, compiler: str | None = None, directory: Path | None =
     if compiler is None:
         raise KernelBuildError("no C compiler found (looked for $CC, gcc, cc, clang)")
     directory = directory or cache_dir()
-    options = [*_OPTIONS, *isa.compiler_flags(level)]
+    options = [*_OPTIONS, *isa.compiler_flags(level), *isa.tuning()]
     target = directory / f"quartet-{level}-{_digest(compiler, options)}.so"
     try:
         _require_private(directory)

@@ -6,7 +6,7 @@
 
 #define CHUNK_ROWS 96                /* rows that pass over the weights together: enough to hide reading them */
 #ifndef STREAM_AHEAD
-#define STREAM_AHEAD 4096            /* bytes a thread asks for ahead of its stream of weights */
+#define STREAM_AHEAD 4096            /* bytes a thread asks for ahead of its stream of weights; isa.py knows better */
 #endif
 #define PRIVATE_OPERAND 8192         /* elements each thread converts for itself to save a barrier */
 

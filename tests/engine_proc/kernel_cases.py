@@ -18,10 +18,10 @@ Setup = tuple[str, int]  # instruction-set level, threads
 
 def _native() -> list[Setup]:
     """The best level this processor runs, alone and with company, and AVX2."""
-    best = isa.best_level()
-    if best is None or build.find_compiler() is None:
+    levels = isa.runnable()
+    if not levels or build.find_compiler() is None:
         return []
-    return [(best, 1), (best, 2), ("avx2", 2)]
+    return [(levels[0], 1), (levels[0], 2), ("avx2", 2)]
 
 
 NATIVE = _native()

@@ -15,6 +15,7 @@ from tests.engine_proc.kernel_cases import NATIVE
 
 AVX2 = {"avx2", "fma", "f16c"}
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+CC = build.find_compiler()
 needs_compiler = pytest.mark.skipif(not NATIVE, reason="no compiler or no AVX2 here")
 
 
@@ -31,8 +32,27 @@ needs_compiler = pytest.mark.skipif(not NATIVE, reason="no compiler or no AVX2 h
     ],
 )
 def test_the_best_level_is_the_first_whose_flags_are_all_there(flags: set[str], level: str | None) -> None:
-    assert isa.best_level(frozenset(flags), "x86_64") == level
-    assert isa.best_level(frozenset(flags), "aarch64") is None
+    assert next(iter(isa.runnable(frozenset(flags), "x86_64")), None) == level
+    assert isa.runnable(frozenset(flags), "aarch64") == []
+
+
+@needs_compiler
+def test_a_compiler_too_old_for_the_best_level_serves_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "cc"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *mavx512bf16*) echo "unknown option" >&2; exit 1;; esac\nexec {CC} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setattr(isa, "runnable", lambda: ["avx512bf16", "avx2"])
+    kernels = load(compiler=str(old), directory=tmp_path / "cache")
+    assert kernels.native and "avx2" in kernels.describe()
+
+
+def test_the_processor_is_read_from_cpuinfo(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nflags\t\t: fma avx2 f16c\n\nprocessor\t: 1\nflags\t: x\n")
+    assert isa.cpu_flags(cpuinfo) == AVX2 and isa.tuning(cpuinfo) == ["-DSTREAM_AHEAD=0"]
+    assert isa.cpu_flags(tmp_path / "none") == frozenset() and isa.tuning(tmp_path / "none") == []
 
 
 def test_without_a_compiler_torch_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -81,7 +101,7 @@ def test_the_library_is_compiled_once_and_privately(tmp_path: Path, monkeypatch:
 @needs_compiler
 def test_the_best_level_for_bfloat16_compiles_even_where_it_cannot_run(tmp_path: Path) -> None:
     source = build._SOURCES / "tile.c"
-    command = [build.find_compiler(), "-O1", "-Wall", "-Werror", "-c", str(source), "-o", str(tmp_path / "tile.o")]
+    command = [str(CC), "-O1", "-Wall", "-Werror", "-c", str(source), "-o", str(tmp_path / "tile.o")]
     subprocess.run([*command, *isa.compiler_flags("avx512bf16")], check=True, timeout=60)
 
 

@@ -6,19 +6,9 @@
  * zeros, and parts are merged in order.  Tokens beyond the context are never read (their slots may hold NaN).
  * Softmax over blocks: Milakov & Gimelshein 2018; split contexts: Dao et al., Flash-Decoding, 2023.
  */
-#include "attention.h"
+#include "attention_cache.h"
 
-#include "tile.h"
-
-#define DIRECT_ROWS 8 /* up to here values are not widened into a panel */
 #define LOG2E 1.4426950408889634
-
-typedef struct {
-    long group, rows, dim, width; /* query heads per kv head; rows = tokens * group; width = dim rounded up to 32 */
-    float *q, *keys, *values, *scores, *out, *total;
-    float *max, *sum;             /* of the current part, [rows] */
-    float *total_max, *total_sum; /* of all parts so far */
-} workspace;
 
 static long row_limit(const attention_args *a) {
     long group = a->q_heads / a->kv_heads;
@@ -53,8 +43,6 @@ static workspace carve(const attention_args *a, const attention_item *item, floa
     return w;
 }
 
-INLINE int lanes(long left) { return left <= 0 ? 0 : left < 16 ? (int)left : 16; }
-
 static void load_queries(const attention_args *a, const attention_item *item, workspace *w) {
     long row0 = a->query_starts[item->sequence] + item->from;
     for (long r = 0; r < w->rows; r++) {
@@ -77,125 +65,6 @@ static void locate(const attention_args *a, const attention_item *item, long sta
             offset = 0;
             block++;
         }
-    }
-}
-
-/* Asks for elements of a row of the next chunk (row -1: somewhere harmless) while this one is computed.  The processor's
- * own prefetcher does not follow one head's stride through the cache, and waiting for memory was two thirds of a decode
- * step's attention.  Spread thinly over the work: a burst would fill the few line buffers and stall. */
-INLINE void ask(const void *cache, long element, const int is_bf16) {
-    _mm_prefetch((const char *)cache + element * (is_bf16 ? 2 : 4), _MM_HINT_T1);
-}
-
-/* Sixteen rows of the cache become columns of a key panel; `words` 32-bit lanes of each, absent rows are NULL. */
-INLINE void transpose_keys(const char *const row[16], long offset, int words, float *to, const int is_bf16,
-                           const int whole) {
-    v16 r[16];
-    for (int i = 0; i < 16; i++) {
-        const float *p = (const float *)(row[i] + offset);
-        if (whole) r[i] = v_load(p);
-        else r[i] = row[i] ? v_load_n(p, words) : v_zero();
-    }
-    v_transpose16(r);
-    for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
-        if (!whole && i == words) break;
-        if (is_bf16) {
-            v_store(to, v_pair_even(r[i]));
-            v_store(to + PANEL, v_pair_odd(r[i]));
-        } else {
-            v_store(to, r[i]);
-        }
-    }
-}
-
-/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys at `next`
- * are asked for. */
-INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n,
-                      const int is_bf16) {
-    const long bytes = w->dim * (is_bf16 ? 2 : 4), step = is_bf16 ? 32 : 16; /* dims in sixteen 32-bit lanes */
-    for (long t = 0; t < n; t += 16) {
-        float *panel = w->keys + t / PANEL * w->dim * PANEL + t % PANEL;
-        const char *row[16];
-        int present = 1;
-        for (long i = 0; i < 16; i++) {
-            row[i] = t + i < n && at[t + i] >= 0 ? (const char *)a->k_cache + at[t + i] * (is_bf16 ? 2 : 4) : NULL;
-            present &= row[i] != NULL;
-        }
-        for (long d = 0; d < w->dim; d += step) {
-            long left = (bytes - d * (is_bf16 ? 2 : 4)) / 4, offset = d * (is_bf16 ? 2 : 4);
-            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
-            if (present && left >= 16) transpose_keys(row, offset, 16, panel + d * PANEL, is_bf16, 1);
-            else transpose_keys(row, offset, left < 16 ? (int)left : 16, panel + d * PANEL, is_bf16, 0);
-        }
-    }
-}
-
-/* values[dim / 32][64][32] from n rows of the cache; rows that are not there and padding become zero. */
-INLINE void load_values(const attention_args *a, workspace *w, const long *at, const long *next, long n,
-                        const int is_bf16) {
-    for (long t = 0; t < n; t++) {
-        float *to = w->values + t * PANEL;
-        long d = 0, dim = at[t] < 0 ? 0 : w->dim;
-        for (; d + PANEL <= dim; d += PANEL, to += CHUNK * PANEL) {
-            ask(a->v_cache, next[t] + d, is_bf16);
-            if (!is_bf16) ask(a->v_cache, next[t] + d + 16, is_bf16);
-            v_store(to, v_load_any(a->v_cache, at[t] + d, is_bf16));
-            v_store(to + 16, v_load_any(a->v_cache, at[t] + d + 16, is_bf16));
-        }
-        for (; d < w->width; d += PANEL, to += CHUNK * PANEL) {
-            v_store(to, v_load_any_n(a->v_cache, at[t] + d, lanes(dim - d), is_bf16));
-            v_store(to + 16, v_load_any_n(a->v_cache, at[t] + d + 16, lanes(dim - d - 16), is_bf16));
-        }
-    }
-}
-
-/* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
- * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
-INLINE void add_values(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
-                       const int is_bf16, const int whole) {
-    for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
-        v16 acc[DIRECT_ROWS][TILE_VECS];
-        const float *scores = w->scores;
-        float *out = w->out + d;
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
-        for (long t = 0; t < n; t++) {
-            if (TILE_VECS == 2 || d % 32 == 0) ask(a->v_cache, next[t] + d, is_bf16);
-            if (!is_bf16 && TILE_VECS == 2) ask(a->v_cache, next[t] + d + 16, is_bf16);
-            if (at[t] < 0) continue;
-            long from = at[t] + d;
-            v16 v[TILE_VECS];
-            for (int j = 0; j < TILE_VECS; j++)
-                v[j] = v_pin(whole ? v_load_any(a->v_cache, from + 16 * j, is_bf16)
-                                   : v_load_any_n(a->v_cache, from + 16 * j, lanes(w->dim - d - 16 * j), is_bf16));
-            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
-                v16 s = v_set1(scores[r * CHUNK + t]);
-                for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(s, v[j], acc[r][j]);
-            }
-        }
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < TILE_VECS; j++) v_store(out + r * w->width + 16 * j, acc[r][j]);
-    }
-}
-
-static void add_values_of(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
-    int whole = w->dim % (16 * TILE_VECS) == 0;
-#define CASE(m)                                                            \
-    case m:                                                                \
-        if (a->cache_bf16 && whole) add_values(a, w, at, next, n, m, 1, 1);      \
-        else if (a->cache_bf16) add_values(a, w, at, next, n, m, 1, 0);          \
-        else if (whole) add_values(a, w, at, next, n, m, 0, 1);                  \
-        else add_values(a, w, at, next, n, m, 0, 0);                             \
-        break
-    switch (w->rows) {
-        CASE(1);
-        CASE(2);
-        CASE(3);
-        CASE(4);
-        CASE(5);
-        CASE(6);
-        CASE(7);
-        CASE(8);
     }
 }
 
@@ -253,16 +122,16 @@ static void softmax_row(const attention_args *a, workspace *w, long row, long lo
 /* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it. */
 static void chunk_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
                       const long *at, const long *next) {
-    if (a->cache_bf16) load_keys(a, w, at, next, n, 1);
-    else load_keys(a, w, at, next, n, 0);
-    int direct = w->rows <= DIRECT_ROWS;
-    if (!direct && a->cache_bf16) load_values(a, w, at, next, n, 1);
-    else if (!direct) load_values(a, w, at, next, n, 0);
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
+    int scored = score_few(a, w, at, next, n), few = w->rows <= FEW_ROWS;
+    if (!scored && a->cache_bf16) load_keys(a, w, at, next, n, 1);
+    else if (!scored) load_keys(a, w, at, next, n, 0);
+    if (!few && a->cache_bf16) load_values(a, w, at, next, n, 1);
+    else if (!few) load_values(a, w, at, next, n, 0);
     for (long row = 0, rows; row < w->rows; row += rows) {
         rows = tile_rows(w->rows - row);
-        for (long p = 0; p * PANEL < n; p++)
+        for (long p = 0; p * PANEL < n && !scored; p++)
             tile_f32[rows](w->q + row * w->width, w->width, w->keys + p * w->dim * PANEL, w->dim,
                            w->scores + row * CHUNK + p * PANEL, CHUNK, 0);
         for (long r = row; r < row + rows; r++) {
@@ -270,11 +139,11 @@ static void chunk_run(const attention_args *a, const attention_item *item, works
             long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
             softmax_row(a, w, r, lo > 0 ? lo : 0, hi, n);
         }
-        for (long d = 0; d < w->width && !direct; d += PANEL)
+        for (long d = 0; d < w->width && !few; d += PANEL)
             tile_f32[rows](w->scores + row * CHUNK, CHUNK, w->values + d * CHUNK, n, w->out + row * w->width + d,
                            w->width, 1);
     }
-    if (direct) add_values_of(a, w, at, next, n);
+    if (few) add_few(a, w, at, next, n);
 }
 
 /* total <- total merged with a part that has the given maximum, sum and unnormalised output. */

@@ -1,0 +1,209 @@
+/* How attention reads the cache: keys and values of one chunk as panels for many rows, or used directly for a few.
+ *
+ * Owns: the workspace of a work item and everything that touches cache memory.  Included by attention_core.c alone.
+ */
+#ifndef QUARTET_ATTENTION_CACHE_H
+#define QUARTET_ATTENTION_CACHE_H
+
+#include "attention.h"
+#include "tile.h"
+
+#define FEW_ROWS 8 /* most rows that do without panels (values; keys: 4, beyond that the panel's tiles win) */
+
+typedef struct {
+    long group, rows, dim, width; /* query heads per kv head; rows = tokens * group; width = dim rounded up to 32 */
+    float *q, *keys, *values, *scores, *out, *total;
+    float *max, *sum;             /* of the current part, [rows] */
+    float *total_max, *total_sum; /* of all parts so far */
+} workspace;
+
+INLINE int lanes(long left) { return left <= 0 ? 0 : left < 16 ? (int)left : 16; }
+
+/* Asks for elements of a row of the next chunk (row -1: somewhere harmless) while this one is computed.  The processor's
+ * own prefetcher does not follow one head's stride through the cache, and waiting for memory was two thirds of a decode
+ * step's attention.  Spread thinly over the work: a burst would fill the few line buffers and stall. */
+INLINE void ask(const void *cache, long element, const int is_bf16) {
+    _mm_prefetch((const char *)cache + element * (is_bf16 ? 2 : 4), _MM_HINT_T1);
+}
+
+/* Where 16 tokens' rows lie: pointers, NULL for a token that is not there; returns whether all are. */
+INLINE int locate16(const void *cache, const long *at, long n, const char *row[16], const int is_bf16) {
+    int present = 1;
+    for (long i = 0; i < 16; i++) {
+        row[i] = i < n && at[i] >= 0 ? (const char *)cache + at[i] * (is_bf16 ? 2 : 4) : NULL;
+        present &= row[i] != NULL;
+    }
+    return present;
+}
+
+/* Sixteen rows become columns: r[i] holds 32-bit word i of each from `offset` bytes on, absent rows are zero. */
+INLINE void load_columns(const char *const row[16], long offset, int words, v16 r[16], const int whole) {
+    for (int i = 0; i < 16; i++) {
+        const float *p = (const float *)(row[i] + offset);
+        if (whole) r[i] = v_load(p);
+        else r[i] = row[i] ? v_load_n(p, words) : v_zero();
+    }
+    v_transpose16(r);
+}
+
+INLINE void store_columns(const char *const row[16], long offset, int words, float *to, const int is_bf16,
+                          const int whole) {
+    v16 r[16];
+    load_columns(row, offset, words, r, whole);
+    for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
+        if (!whole && i == words) break;
+        if (is_bf16) {
+            v_store(to, v_pair_even(r[i]));
+            v_store(to + PANEL, v_pair_odd(r[i]));
+        } else {
+            v_store(to, r[i]);
+        }
+    }
+}
+
+/* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys at `next`
+ * are asked for. */
+INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+                      const int is_bf16) {
+    const long size = is_bf16 ? 2 : 4, step = 64 / size; /* dims in sixteen 32-bit lanes */
+    for (long t = 0; t < n; t += 16) {
+        float *panel = w->keys + t / PANEL * w->dim * PANEL + t % PANEL;
+        const char *row[16];
+        int present = locate16(a->k_cache, at + t, n - t, row, is_bf16);
+        for (long d = 0; d < w->dim; d += step) {
+            int words = lanes((w->dim - d) * size / 4);
+            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
+            if (present && words == 16) store_columns(row, d * size, 16, panel + d * PANEL, is_bf16, 1);
+            else store_columns(row, d * size, words, panel + d * PANEL, is_bf16, 0);
+        }
+    }
+}
+
+/* scores[rows] of 16 tokens (+)= q x the columns of one block of dims; q points to its first dim. */
+INLINE void score_columns(const char *const row[16], long offset, int words, const float *q, long ldq, float *scores,
+                          const int rows, const int is_bf16, const int whole) {
+    v16 r[16], acc[FEW_ROWS];
+    load_columns(row, offset, words, r, whole);
+    for (int j = 0; j < rows; j++) acc[j] = offset ? v_load(scores + j * CHUNK) : v_zero();
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, q += is_bf16 ? 2 : 1) {
+        if (!whole && i == words) break;
+        v16 first = is_bf16 ? v_pair_even(r[i]) : r[i];
+        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), first, acc[j]);
+        if (!is_bf16) continue;
+        v16 second = v_pair_odd(r[i]);
+        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq + 1]), second, acc[j]);
+    }
+    for (int j = 0; j < rows; j++) v_store(scores + j * CHUNK, acc[j]);
+}
+
+/* scores[rows][n] for a few rows, keys used as they are transposed: a panel in between would cost as much again.  The
+ * same sums in the same order as by way of the panel.  Tokens are the inner loop: their sums do not wait for each other. */
+INLINE void score_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
+                       const int is_bf16) {
+    const long size = is_bf16 ? 2 : 4, step = 64 / size;
+    const char *row[CHUNK];
+    int present[CHUNK / 16];
+    for (long t = 0; t < n; t += 16) present[t / 16] = locate16(a->k_cache, at + t, n - t, row + t, is_bf16);
+    for (long d = 0; d < w->dim; d += step) {
+        int words = lanes((w->dim - d) * size / 4);
+        for (long t = 0; t < n; t += 16) {
+            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
+            float *to = w->scores + t;
+            if (present[t / 16] && words == 16)
+                score_columns(row + t, d * size, 16, w->q + d, w->width, to, rows, is_bf16, 1);
+            else
+                score_columns(row + t, d * size, words, w->q + d, w->width, to, rows, is_bf16, 0);
+        }
+    }
+}
+
+/* score_keys where the rows are few enough; 0 where they are not. */
+static int score_few(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
+#define CASE(m)                                                    \
+    case m:                                                        \
+        if (a->cache_bf16) score_keys(a, w, at, next, n, m, 1);    \
+        else score_keys(a, w, at, next, n, m, 0);                  \
+        return 1
+    switch (w->rows) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+    }
+#undef CASE
+    return 0;
+}
+
+/* values[dim / 32][64][32] from n rows of the cache; rows that are not there and padding become zero. */
+INLINE void load_values(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+                        const int is_bf16) {
+    for (long t = 0; t < n; t++) {
+        float *to = w->values + t * PANEL;
+        long d = 0, dim = at[t] < 0 ? 0 : w->dim;
+        for (; d + PANEL <= dim; d += PANEL, to += CHUNK * PANEL) {
+            ask(a->v_cache, next[t] + d, is_bf16);
+            if (!is_bf16) ask(a->v_cache, next[t] + d + 16, is_bf16);
+            v_store(to, v_load_any(a->v_cache, at[t] + d, is_bf16));
+            v_store(to + 16, v_load_any(a->v_cache, at[t] + d + 16, is_bf16));
+        }
+        for (; d < w->width; d += PANEL, to += CHUNK * PANEL) {
+            v_store(to, v_load_any_n(a->v_cache, at[t] + d, lanes(dim - d), is_bf16));
+            v_store(to + 16, v_load_any_n(a->v_cache, at[t] + d + 16, lanes(dim - d - 16), is_bf16));
+        }
+    }
+}
+
+/* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
+ * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
+INLINE void add_values(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
+                       const int is_bf16, const int whole) {
+    for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
+        v16 acc[FEW_ROWS][TILE_VECS];
+        const float *scores = w->scores;
+        float *out = w->out + d;
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
+        for (long t = 0; t < n; t++) {
+            if (TILE_VECS == 2 || d % 32 == 0) ask(a->v_cache, next[t] + d, is_bf16);
+            if (!is_bf16 && TILE_VECS == 2) ask(a->v_cache, next[t] + d + 16, is_bf16);
+            if (at[t] < 0) continue;
+            long from = at[t] + d;
+            v16 v[TILE_VECS];
+            for (int j = 0; j < TILE_VECS; j++)
+                v[j] = v_pin(whole ? v_load_any(a->v_cache, from + 16 * j, is_bf16)
+                                   : v_load_any_n(a->v_cache, from + 16 * j, lanes(w->dim - d - 16 * j), is_bf16));
+            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+                v16 s = v_set1(scores[r * CHUNK + t]);
+                for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(s, v[j], acc[r][j]);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < TILE_VECS; j++) v_store(out + r * w->width + 16 * j, acc[r][j]);
+    }
+}
+
+/* add_values where the rows are few enough; 0 where they are not. */
+static int add_few(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
+    int whole = w->dim % (16 * TILE_VECS) == 0;
+#define CASE(m)                                                               \
+    case m:                                                                   \
+        if (a->cache_bf16 && whole) add_values(a, w, at, next, n, m, 1, 1);   \
+        else if (a->cache_bf16) add_values(a, w, at, next, n, m, 1, 0);       \
+        else if (whole) add_values(a, w, at, next, n, m, 0, 1);               \
+        else add_values(a, w, at, next, n, m, 0, 0);                          \
+        return 1
+    switch (w->rows) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+    }
+#undef CASE
+    return 0;
+}
+
+#endif

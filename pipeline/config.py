@@ -49,7 +49,7 @@ class ModelConfig:
     path: str
     source: str = ""                         # what the user wrote
     tokenizer: str = ""                      # directory with tokenizer.json; "" : path
-    task: str = "generate"
+    task: str = "generate"                   # generate | embed | classify | score | transcribe
     max_model_len: int = 2048
     vocab_size: int = 0                      # rows of the logits
     trust_remote_code: bool = False

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from pipeline.params import DetokSpec, SamplingParams
+from pipeline.params import DetokSpec, Grammar, PoolParams, SamplingParams
 from pipeline.schema import i64, u8, u16, u32, u64
 
 PROTOCOL = 1
@@ -204,6 +204,38 @@ class FailedItem:
 
 
 @dataclass(slots=True)
+class PoolText:
+    """One input of a pooling request on its way to the tokenizer: exactly one of `text`, `chat`, `ids`."""
+
+    index: u32                          # among the request's inputs
+    text: str | None = None
+    pair: str | None = None             # a cross-encoder's second text
+    chat: Chat | None = None
+    ids: bytes = b""                    # uint32
+
+
+@dataclass(slots=True)
+class PoolInput:
+    """One input as ids."""
+
+    index: u32
+    ids: bytes                          # uint32, special tokens included
+    type_ids: bytes = b""               # uint8 per id, where the model tells two texts apart; empty: all 0
+
+
+@dataclass(slots=True)
+class PoolAdd:
+    """tokenizer -> engine: a slice of a request's inputs. Slices of one request share its rid."""
+
+    rid: u64
+    route: Route
+    inputs: list[PoolInput]
+    params: PoolParams
+    deadline_ns: u64
+    priority: i64 = 0
+
+
+@dataclass(slots=True)
 class Load:
     """An engine's load, as its beacon tells it."""
 
@@ -253,6 +285,22 @@ class Submit:
     priority: i64 = 0
     salt: bytes = b""
     alone: bool = False
+
+
+@dataclass(slots=True)
+class SubmitPool:
+    """frontend -> tokenizer: inputs that become vectors. The tokenizer hands them on in slices as it encodes them."""
+
+    rid: u64
+    route: Route                        # detok is not used
+    model: u8
+    inputs: list[PoolText]
+    params: PoolParams
+    add_special: bool
+    truncate: i64 | None                # keep N tokens; -1: what the context allows; None: longer is an error
+    truncate_left: bool                 # cut the beginning, not the end
+    deadline_ns: u64
+    priority: i64 = 0
 
 
 @dataclass(slots=True)
@@ -310,6 +358,24 @@ class StopHit:
 @dataclass(slots=True)
 class Adds:
     items: list[Add]
+
+
+@dataclass(slots=True)
+class PoolAdds:
+    items: list[PoolAdd]
+
+
+@dataclass(slots=True)
+class Pooled:
+    """engine -> frontend: results of some inputs of one request, in any order; every input comes exactly once."""
+
+    engine: u16
+    engine_epoch: u32
+    rid: u64
+    indices: bytes                      # uint32 [n]
+    lengths: bytes                      # uint32 [n]: tokens of each input, as the model saw them
+    rows: bytes                         # uint32 [n]: rows of `data` of each input (1, or one per token)
+    data: np.ndarray                    # float32 [sum(rows), D]: vectors, or D class scores
 
 
 @dataclass(slots=True)
@@ -397,13 +463,13 @@ class Tensor:
     data: np.ndarray
 
 
-# type number -> class. Append only.
+# type number -> class. Append only. 20-29 text, 30-39 pooling, 40-49 speech.
 REGISTRY: dict[int, type] = {
     1: Submit, 2: TokenizeQuery, 3: DetokenizeQuery, 4: TokenizeAnswer, 5: DetokenizeAnswer, 6: Abort, 7: StopHit,
     8: Adds, 9: StepOut, 10: Deltas, 11: Admitted, 12: Failed, 13: Census, 14: Beacon, 15: Tensor,
-    16: Metrics,
+    16: Metrics, 30: SubmitPool, 31: PoolAdds, 32: Pooled,
 }
 RECORDS: tuple[type, ...] = (
     Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,
-    MetricFamily, SamplingParams, DetokSpec,
+    MetricFamily, SamplingParams, DetokSpec, Grammar, PoolParams, PoolText, PoolInput, PoolAdd,
 )

@@ -19,6 +19,16 @@ GREEDY_BELOW = 1e-5
 
 
 @dataclass(slots=True)
+class Grammar:
+    """What constrains a choice's output; checked by the tokenizer, compiled by the engine beside its loop."""
+
+    kind: str                           # json_schema | json_object | regex | choice | lark | structural_tag
+    text: str                           # the schema, pattern, JSON list of choices, grammar or tag description
+    after: str = ""                     # the text that ends what comes before the constraint (a reasoning's end tag)
+    after_ids: bytes = b""              # uint32: the same as ids, filled in by the tokenizer; empty: from the first id
+
+
+@dataclass(slots=True)
 class SamplingParams:
     """How the engine samples one choice. Random numbers are keyed by (seed, choice, position)."""
 
@@ -38,6 +48,7 @@ class SamplingParams:
     bias_values: bytes = b""            # float32, as many as bias_ids
     logprobs: i64 | None = None         # None: off; k: the sampled token and the k best
     prompt_logprobs: i64 | None = None  # None: off; k: each prompt token and the k best
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:
@@ -63,3 +74,12 @@ class DetokSpec:
     def __post_init__(self) -> None:
         if self.stop is None:
             self.stop = []
+
+
+@dataclass(slots=True)
+class PoolParams:
+    """What a request asks of a model that gives vectors instead of text."""
+
+    task: str                           # embed | classify | score | token_embed | token_classify
+    activation: bool | None = None      # normalise embeddings, squash scores; None: what the model's files say
+    dimensions: u32 = 0                 # 0: all; else the first so many, normalised again

@@ -1,7 +1,8 @@
 """``python -m frontend --config FILE --index N --epoch E --listen-fd N``: one frontend process.
 
 Takes a listening socket that the launcher holds too, so that connections queue while a frontend restarts. SIGTERM
-drains, a second one ends at once, SIGHUP reloads keys and log level. Never loads torch, transformers or tokenizers.
+drains, a second one ends at once, SIGHUP reloads keys, certificate and log level. Never loads torch, transformers or
+tokenizers.
 """
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from sanic.http import Stage
 from sanic.server import AsyncioServer
 
 from frontend.admission import Admission
+from frontend.certificate import Certificate
 from frontend.edge import Edge
 from frontend.keys import Keys
 from frontend.link import Link, watch
@@ -55,7 +57,10 @@ class Process:
         self._metrics.watch(admission, context.registry)
         self._keys = Keys(config.http)
         self._frontend = Frontend(
-            config, self._table, self._stages, admission, self._metrics, self._keys, lambda: self._watcher.metrics)
+            config, self._table, self._stages, admission, self._metrics, self._keys, lambda: self._watcher.metrics,
+            context.index)
+        tls_config = config.http.tls
+        self._certificate = Certificate(tls_config) if tls_config.certfile is not None else None
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -65,7 +70,8 @@ class Process:
         app, _ = build_app(self._frontend)
         await self._hear_everybody()
         edge = Edge(self._context, self._frontend) if self._context.config.edge.endpoint is not None else None
-        server = await serve(app, listening_socket(self._context))
+        certificate = self._certificate
+        server = await serve(app, listening_socket(self._context), None if certificate is None else certificate.context)
         loop.add_signal_handler(signal.SIGTERM, self._terminate)        # Sanic has put its own
         gc.collect()
         gc.freeze()
@@ -116,13 +122,15 @@ class Process:
         self._stop.set()
 
     def _reload(self) -> None:
-        """SIGHUP: keys and log level, from the files that the configuration names."""
+        """SIGHUP: keys, certificate and log level, from the files that the configuration names."""
         self._keys.reload()
+        if self._certificate is not None:
+            self._certificate.reload()
         try:
             logging.getLogger().setLevel(load(self._config_path).log_level)
         except (StartError, ValueError):
             log.error("the configuration could not be read again; the log level stays")
-        log.warning("keys and log level were reloaded")
+        log.warning("keys, certificate and log level were reloaded")
 
 
 def listening_socket(context: Context) -> socket.socket:

@@ -56,7 +56,7 @@ def chat(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]
 
 def _chat_choice(ask: Ask, update: Update) -> dict[str, Any]:
     choice: dict[str, Any] = {
-        "index": update.index, "message": {"role": "assistant", "content": ask.echo + update.text, "refusal": None},
+        "index": update.index, "message": {"role": ask.role, "content": ask.echo + update.text, "refusal": None},
         "logprobs": None, "finish_reason": finish_reason(update.finish), "stop_reason": update.stop}
     if ask.logprobs is not None:
         content = [] if update.logprobs is None else logprobs.chat_content(

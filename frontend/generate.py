@@ -21,6 +21,7 @@ from frontend.call import Call
 from frontend.ingress import Ingress, json_response
 from frontend.params import Ask
 from frontend.request import Request
+from frontend.request_log import RequestLog
 from frontend.schema import ChatBody, CompletionBody
 from frontend.sse import ChatStream, CompletionStream, Events
 from frontend.streaming import Stream
@@ -77,6 +78,7 @@ class Generate:
 
     def __init__(self, frontend: Frontend, ingress: Ingress) -> None:
         self._frontend, self._ingress = frontend, ingress
+        self._log = RequestLog(frontend.config.http.log)
 
     def register(self) -> None:
         self._ingress.post("/v1/completions", self.completions)
@@ -96,19 +98,24 @@ class Generate:
         call.body = b""
         stream: Stream | None = None
         try:
+            self._log.received(call.request_id, ask)
             label = call.request_id if call.labelled or job.label is None else job.label
             identity = {"id": job.prefix + label, "created": int(time.time()),
                         "system_fingerprint": frontend.fingerprint(ask.model)}
             if spec.stream:
-                stream = Stream(call, request, news, job.chunks(ask, request, identity), frontend.config.http,
-                                self._ingress.headers_of)
+                events = self._log.streamed(call.request_id, job.chunks(ask, request, identity))
+                stream = Stream(call, request, news, events, frontend.config.http, self._ingress.headers_of)
                 complete = await stream.run()
             else:
                 await finished(request, news)
                 complete = True
             if complete:
                 frontend.metrics.generated(request, spec.sampling.max_tokens, call.elapsed_s)
-            return None if spec.stream else json_response(job.body(ask, request, identity))
+            if spec.stream:
+                return None
+            body = job.body(ask, request, identity)
+            self._log.answered(call.request_id, body)
+            return json_response(body)
         finally:
             frontend.table.close(request, AbortReason.CLIENT_GONE if stream is None else stream.reason)
             _describe(call, request)

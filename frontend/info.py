@@ -4,6 +4,7 @@ None of them waits for another process. Run by the frontend.
 """
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sanic.response import HTTPResponse
@@ -12,12 +13,16 @@ from frontend.call import Call
 from frontend.docs import POLICY, page
 from frontend.health import Health
 from frontend.ingress import Ingress, json_response
+from frontend.metrics import OPEN_REQUESTS
 from frontend.openapi import document
+from frontend.params import find_model
 from frontend.wire import dump
 from pipeline import __version__
 from pipeline.config import ModelConfig, ServerConfig
-from pipeline.errors import QuartetError
+from pipeline.errors import QuartetError, StartError
+from pipeline.messages import Kind
 from pipeline.metrics import exposition
+from pipeline.tokenizer_files import describe
 
 if TYPE_CHECKING:
     from frontend.server import Frontend
@@ -34,6 +39,9 @@ class Info:
         ingress.get("/v1/models", self.models)
         ingress.get("/v1/models/<name:path>", self.model)
         ingress.get("/version", self.version)
+        ingress.get("/load", self.load)
+        if self._frontend.config.http.tokenizer_info:
+            ingress.get("/tokenizer_info", self.tokenizer_info)
         ingress.get("/live", self.live, open=True, quiet=True)
         ingress.get("/ready", self.ready, open=True, quiet=True)
         ingress.get("/health", self.ready, open=True, quiet=True)
@@ -59,6 +67,24 @@ class Info:
 
     async def version(self, call: Call) -> HTTPResponse:
         return json_response({"version": __version__})
+
+    async def load(self, call: Call) -> HTTPResponse:
+        """Requests in flight: our own exactly, those of other frontends as their last metrics told."""
+        own = (Kind.FRONTEND, self._frontend.index)
+        others = (sample.value for key, families in self._frontend.snapshots().items() if key != own
+                  for family in families if family.name == OPEN_REQUESTS for sample in family.samples)
+        return json_response({"server_load": len(self._frontend.table) + int(sum(others))})
+
+    async def tokenizer_info(self, call: Call) -> HTTPResponse:
+        """The tokenizer's configuration as the model's directory has it, and the template that chats are rendered with."""
+        model = self._frontend.config.models[find_model(self._frontend.config, call.http.args.get("model"))]
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(None, describe, model.tokenizer or model.path)
+        except StartError:
+            raise QuartetError("internal_error", "The tokenizer's files cannot be read.") from None
+        if model.chat_template is not None:
+            found["chat_template"] = model.chat_template
+        return json_response(found)
 
     async def live(self, call: Call) -> HTTPResponse:
         return json_response({"status": "ok"})

@@ -16,9 +16,11 @@ from sanic.request import Request as HttpRequest
 from sanic.response import HTTPResponse
 
 from frontend.call import Call
+from frontend.cors import Cors
 from frontend.keys import Hosts, Keys
 from frontend.metrics import FrontendMetrics
 from frontend.wire import dump, error_body
+from pipeline.config import HttpConfig
 from pipeline.errors import QuartetError
 
 Handler = Callable[..., Awaitable[HTTPResponse | None]]
@@ -31,16 +33,19 @@ access = logging.getLogger("frontend.access")
 class Ingress:
     """Registers routes and stands in front of their handlers."""
 
-    def __init__(self, app: Sanic[Any, Any], keys: Keys, hosts: Hosts, metrics: FrontendMetrics, max_body: int,
+    def __init__(self, app: Sanic[Any, Any], keys: Keys, http: HttpConfig, metrics: FrontendMetrics,
                  draining: Callable[[], bool]) -> None:
-        self._app, self._keys, self._hosts, self._metrics = app, keys, hosts, metrics
-        self._max_body, self._draining = max_body, draining
+        self._app, self._keys, self._hosts, self._metrics = app, keys, Hosts(http), metrics
+        self._max_body, self._root, self._draining = http.max_body_bytes, http.root_path, draining
+        self._cors, self._log = Cors(http.cors), http.log
+        self.handlers: dict[str, Handler] = {}           # of POST routes with a JSON body, by path
         app.error_handler = _Errors(self)
 
     def get(self, path: str, handler: Handler, *, open: bool = False, quiet: bool = False) -> None:
         self._add(path, ("GET", "HEAD", "OPTIONS"), handler, open, quiet)
 
     def post(self, path: str, handler: Handler) -> None:
+        self.handlers[path] = handler
         self._add(path, ("POST", "OPTIONS"), handler, False, False)
 
     def get_or_post(self, path: str, handler: Handler, *, open: bool = False) -> None:
@@ -54,7 +59,8 @@ class Ingress:
             call = Call.of(http)
             try:
                 self._hosts.check(http.headers.getone("host", None))
-                if not open:
+                preflight = self._cors.preflight(http, methods)
+                if not open and not preflight:
                     self._keys.check(http.headers.getone("authorization", None))
                 if http.method == "OPTIONS":
                     response: HTTPResponse | None = HTTPResponse(status=204, headers={"Allow": ", ".join(methods)})
@@ -87,6 +93,9 @@ class Ingress:
 
         name = path.strip("/").replace("/", "_")
         self._app.add_route(enter, path, methods=methods, name=name, stream=True, error_format="json")
+        if self._root:                                       # a proxy may pass its prefix on, or take it off
+            self._app.add_route(enter, self._root + path, methods=methods, name=f"root_{name}", stream=True,
+                                error_format="json")
 
     def answer(self, call: Call, error: BaseException) -> HTTPResponse:
         """The error response for anything that was raised."""
@@ -126,20 +135,20 @@ class Ingress:
         return response
 
     def _decorate(self, call: Call, response: HTTPResponse) -> None:
-        response.headers["X-Request-Id"] = call.request_id
-        response.headers["openai-processing-ms"] = str(int(call.elapsed_s * 1000))
-        if self._draining():
-            call.last()
+        response.headers.update(self.headers_of(call))
 
     def headers_of(self, call: Call) -> dict[str, str]:
         """What every response carries, for handlers that send their own."""
         if self._draining():
             call.last()
-        return {"X-Request-Id": call.request_id, "openai-processing-ms": str(int(call.elapsed_s * 1000))}
+        return {"X-Request-Id": call.request_id, "openai-processing-ms": str(int(call.elapsed_s * 1000)),
+                **self._cors.headers(call.http)}
 
     def _finish(self, call: Call, path: str, quiet: bool) -> None:
         http = call.http
         self._metrics.http(path, http.method, call.status, call.elapsed_s)
+        if not self._log.enabled or path in self._log.quiet_paths:
+            return
         level = logging.DEBUG if quiet else logging.INFO
         if access.isEnabledFor(level):
             access.log(level, "%s %s %d", http.method if http.method.isalpha() else "OTHER", path, call.status, extra={

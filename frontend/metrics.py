@@ -20,6 +20,7 @@ TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 1
 ITL = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 ENGINE = "0"
+OPEN_REQUESTS = "quartet:open_requests"
 
 
 def _one_two_five(limit: int) -> list[int]:
@@ -52,7 +53,7 @@ class FrontendMetrics:
         self._again = Counter("quartet:resubmissions", "Choices submitted again.", ["why"], registry=registry)
         self._unknown = Counter("quartet:unknown_ids", "Messages about requests that are not known.", ["what"],
                                 registry=registry)
-        self.open_requests = Gauge("quartet:open_requests", "Requests accepted and not closed.", registry=registry)
+        self.open_requests = Gauge(OPEN_REQUESTS, "Requests accepted and not closed.", registry=registry)
         self.loop_lag = Gauge("quartet:event_loop_lag_seconds", "How late the loop's timer came last.", ["process"],
                               registry=registry).labels(f"frontend.{index}")
         for reason in AbortReason:

@@ -37,6 +37,7 @@ class Ask:
     continuous_usage: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False              # log-probabilities name tokens "token_id:N"
+    role: str = "assistant"                  # chat: of the answer
 
 
 def find_model(config: ServerConfig, name: str | None) -> int:
@@ -71,7 +72,7 @@ def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
     spec.detok.echo = echo
     if echo and body.logprobs is not None and body.prompt_logprobs is None:
         spec.sampling.prompt_logprobs, spec.want_prompt_ids = body.logprobs, True
-    return _ask(body, spec, model, max_tokens, body.logprobs)
+    return _ask(body, spec, config, model, max_tokens, body.logprobs)
 
 
 def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int) -> Ask:
@@ -91,9 +92,10 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     prompt = Prompt(chat=template_input(body, raw, config))
     spec = _spec(body, config, model, number, [prompt], max_tokens, logprobs, False, now_ns)
-    ask = _ask(body, spec, model, max_tokens, logprobs)
+    ask = _ask(body, spec, config, model, max_tokens, logprobs)
     last = body.messages[-1]
-    if body.echo and last.role == "assistant":
+    ask.role = config.http.response_role if body.add_generation_prompt is not False else last.role
+    if body.echo and last.role == ask.role:
         ask.echo = _text_of(last)
     return ask
 
@@ -209,16 +211,18 @@ def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_toke
         bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
 
 
-def _ask(body: Sampling, spec: Spec, model: ModelConfig, max_tokens: int | None, logprobs: int | None) -> Ask:
+def _ask(body: Sampling, spec: Spec, config: ServerConfig, model: ModelConfig, max_tokens: int | None,
+         logprobs: int | None) -> Ask:
     options = body.stream_options
-    usage = bool(options and options.include_usage)
+    usage = config.http.force_usage or bool(options and options.include_usage)
+    as_ids = body.return_tokens_as_token_ids
     continuous = bool(options and options.continuous_usage_stats)
     if continuous and not usage:
         raise invalid("'continuous_usage_stats' needs 'include_usage' to be true.", "stream_options")
     return Ask(
         spec=spec, model=model.names[0], max_tokens=max_tokens, logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs is not None, include_usage=usage, continuous_usage=continuous,
-        token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids))
+        token_ids=bool(body.return_token_ids), tokens_as_ids=config.http.tokens_as_ids if as_ids is None else as_ids)
 
 
 def _default(model: ModelConfig, name: str, otherwise: Any) -> Any:

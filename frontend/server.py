@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ssl import SSLContext
 from typing import Any
 
 from sanic import Sanic
@@ -18,10 +19,10 @@ from sanic.config import Config
 from sanic.http.constants import HTTP
 from sanic.server import AsyncioServer
 
-from frontend import generate, info, tokens
+from frontend import generate, info, invocations, tokens
 from frontend.admission import Admission
 from frontend.ingress import Ingress
-from frontend.keys import Hosts, Keys
+from frontend.keys import Keys
 from frontend.metrics import FrontendMetrics
 from frontend.stages import Stages
 from frontend.table import RequestTable
@@ -43,6 +44,7 @@ class Frontend:
     metrics: FrontendMetrics
     keys: Keys
     snapshots: Callable[[], Mapping[tuple[Kind, int], list[MetricFamily]]]
+    index: int = 0                           # of this process among the frontends
     created: int = field(default_factory=lambda: int(time.time()))
 
     def fingerprint(self, model: str) -> str:
@@ -60,13 +62,14 @@ def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any
         "ACCESS_LOG": False, "AUTO_EXTEND": False, "FALLBACK_ERROR_FORMAT": "json", "INSPECTOR": False, "MOTD": False,
         "NOISY_EXCEPTIONS": False, "OAS": False, "KEEP_ALIVE_TIMEOUT": 120, "REQUEST_TIMEOUT": 60,
         "RESPONSE_TIMEOUT": max(3600.0, http.request_timeout_s + 60), "REQUEST_MAX_SIZE": http.max_body_bytes,
-        "REQUEST_MAX_HEADER_SIZE": 8192, "REQUEST_BUFFER_SIZE": 65536, "GRACEFUL_TCP_CLOSE_TIMEOUT": 2.0})
+        "REQUEST_MAX_HEADER_SIZE": http.max_header_bytes, "GRACEFUL_TCP_CLOSE_TIMEOUT": 2.0,
+        "REQUEST_BUFFER_SIZE": max(65536, http.max_header_bytes + 4096)})
     app: Sanic[Any, Any] = Sanic(name, config=config, configure_logging=False)
-    ingress = Ingress(app, frontend.keys, Hosts(http), frontend.metrics, http.max_body_bytes,
-                      lambda: frontend.table.draining)
+    ingress = Ingress(app, frontend.keys, http, frontend.metrics, lambda: frontend.table.draining)
     generate.Generate(frontend, ingress).register()
     tokens.Tokens(frontend).register(ingress)
     info.Info(frontend).register(ingress)
+    invocations.Invocations(frontend, ingress).register()
     if http.enable_docs:
         info.register_document(ingress, frontend.config)
     return app, ingress
@@ -87,11 +90,11 @@ def prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def serve(app: Sanic[Any, Any], sock: Any) -> AsyncioServer:
-    """Accept connections on a listening socket in the running loop."""
+async def serve(app: Sanic[Any, Any], sock: Any, tls: SSLContext | None = None) -> AsyncioServer:
+    """Accept connections on a listening socket in the running loop; `tls`: HTTPS with this context."""
     # Without this record Sanic would send an empty Alt-Svc header with every answer.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1, "port": 0}))
-    server = await app.create_server(sock=sock, asyncio_server_kwargs={"start_serving": False})
+    server = await app.create_server(sock=sock, ssl=tls, asyncio_server_kwargs={"start_serving": False})
     assert server is not None
     await server.startup()
     await server.start_serving()

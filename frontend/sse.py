@@ -77,6 +77,7 @@ class ChatStream(_Stream):
 
     def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
         super().__init__("chat.completion.chunk", ask, request, identity)
+        self._role_name = dump_ascii(ask.role)
 
     def events(self, updates: list[Update]) -> bytes:
         parts: list[str] = []
@@ -95,7 +96,7 @@ class ChatStream(_Stream):
 
     def _role(self, choice: Choice) -> str:
         ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(choice.prompt))}' if self._ask.token_ids else ""
-        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"role":"assistant","content":""}},'
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"role":{self._role_name},"content":""}},'
                 f'"logprobs":null,"finish_reason":null}}]{ids}{self._tail(choice)}')
 
     def _delta(self, choice: Choice, update: Update) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import keys
+from pipeline import keys, tls
 from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
 from pipeline.config import (
+    AccessLogConfig,
+    CorsConfig,
     EdgeConfig,
     EngineConfig,
     HttpConfig,
@@ -20,14 +22,17 @@ from pipeline.config import (
     ModelConfig,
     ServerConfig,
     TimeoutsConfig,
+    TlsConfig,
 )
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.options import BY_KEY, nearest
 from pipeline.settings import Settings
-from pipeline.values import api_key
+from pipeline.values import TEMPLATE_NAMES, api_key
 
 MAX_TEXT_BYTES = 2**20
+NEVER_S = 1e9                    # what --keep-alive-interval 0 stands for
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def check(settings: Settings) -> None:
@@ -55,6 +60,7 @@ def check(settings: Settings) -> None:
     if settings["api_key_file"] is not None:
         keys_in(Path(settings["api_key_file"]).expanduser())
     _check_edge(settings)
+    _check_web(settings)
     generation_directory(settings, Path("/"))
     chat_template(settings)
 
@@ -72,6 +78,39 @@ def _check_edge(settings: Settings) -> None:
         if host not in ("127.0.0.1", "localhost", "[::1]"):
             raise _wrong(f"--zmq-endpoint {endpoint} can be reached from other machines and needs --zmq-keys: "
                          "make them with `quartet keys DIR`.")
+
+
+def _check_web(settings: Settings) -> None:
+    """TLS files that can be used, and no cookie for pages from everywhere."""
+    certificate = settings["ssl_certfile"]
+    if certificate is None:
+        for key in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "enable_ssl_refresh"):
+            if settings[key]:
+                raise _wrong(f"--{BY_KEY[key].name} needs --ssl-certfile.")
+    elif settings["uds"] is not None:
+        raise _wrong("--ssl-certfile and --uds exclude each other: a UNIX socket is not on the network.")
+    else:
+        tls.context(tls_config(settings))
+    if settings["allow_credentials"] and "*" in settings["allowed_origins"]:
+        raise _wrong("--allow-credentials needs --allowed-origins that are named: with * every page could act for the "
+                     "user.")
+    if settings["enable_log_outputs"] and not settings["enable_log_requests"]:
+        raise _wrong("--enable-log-outputs needs --enable-log-requests.")
+
+
+def tls_config(settings: Settings) -> TlsConfig:
+    return TlsConfig(
+        certfile=_absolute(settings["ssl_certfile"]), keyfile=_absolute(settings["ssl_keyfile"]),
+        ca_certs=_absolute(settings["ssl_ca_certs"]), cert_reqs=settings["ssl_cert_reqs"],
+        refresh=settings["enable_ssl_refresh"])
+
+
+def log_config(settings: Settings) -> AccessLogConfig:
+    length = settings["max_log_len"]
+    return AccessLogConfig(
+        enabled=not settings["disable_access_log"], quiet_paths=settings["disable_access_log_for_endpoints"],
+        requests=settings["enable_log_requests"], outputs=settings["enable_log_outputs"],
+        max_len=AccessLogConfig().max_len if length is None else length)
 
 
 def _absolute(path: str | None) -> str | None:
@@ -93,10 +132,12 @@ def keys_in(path: Path) -> tuple[str, ...]:
 
 
 def chat_template(settings: Settings) -> str | None:
-    """The text of --chat-template: a file's contents, or the value itself where it is a template."""
+    """The text of --chat-template: one of our own by its name, a file's contents, or the value itself."""
     value: str | None = settings["chat_template"]
     if value is None or "{{" in value or "{%" in value or "\n" in value:
         return value
+    if value in TEMPLATE_NAMES:
+        return _text(TEMPLATES / f"{value}.jinja", "chat template")
     return _text(Path(value).expanduser(), "chat template")
 
 
@@ -123,7 +164,9 @@ def model_config(settings: Settings, source: Source, directory: Path, tokenizer:
         names=settings["served_model_name"] or (source.name,), path=str(directory), source=source.where,
         tokenizer="" if tokenizer == directory else str(tokenizer), max_model_len=wanted or facts.max_model_len,
         vocab_size=facts.vocab_size, trust_remote_code=settings["trust_remote_code"],
-        chat_template=chat_template(settings), eos_ids=facts.eos_ids, replicas=settings["data_parallel_size"],
+        chat_template=chat_template(settings), content_format=settings["chat_template_content_format"],
+        chat_template_kwargs=settings["default_chat_template_kwargs"] or {}, eos_ids=facts.eos_ids,
+        replicas=settings["data_parallel_size"],
         generation_defaults={**facts.generation_defaults, **_overrides(settings["override_generation_config"] or {})},
         engine=engine_config(settings))
 
@@ -163,7 +206,15 @@ def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_
             metrics_need_key=settings["metrics_need_key"], allowed_hosts=settings["allowed_hosts"],
             max_body_bytes=settings["max_request_bytes"], max_logprobs=settings["max_logprobs"],
             enable_docs=not settings["disable_docs"], request_timeout_s=settings["request_timeout"],
-            keep_alive_s=settings["keep_alive_interval"], slow_client_s=settings["slow_client_timeout"]),
+            keep_alive_s=settings["keep_alive_interval"] or NEVER_S, slow_client_s=settings["slow_client_timeout"],
+            root_path=settings["root_path"], max_header_bytes=settings["max_header_bytes"],
+            response_role=settings["response_role"], force_usage=settings["enable_force_include_usage"],
+            tokens_as_ids=settings["return_tokens_as_token_ids"],
+            tokenizer_info=settings["enable_tokenizer_info_endpoint"], tls=tls_config(settings),
+            cors=CorsConfig(
+                origins=settings["allowed_origins"], methods=settings["allowed_methods"],
+                headers=settings["allowed_headers"], credentials=settings["allow_credentials"]),
+            log=log_config(settings)),
         edge=EdgeConfig(endpoint=settings["zmq_endpoint"], key_dir=_absolute(settings["zmq_keys"])),
         limits=LimitsConfig(max_requests=settings["max_requests"], max_bytes=settings["max_inflight_bytes"],
                             max_tokens=settings["max_inflight_tokens"]),

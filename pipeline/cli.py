@@ -121,8 +121,9 @@ def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int
         signals = stack.enter_context(Signals())
         listeners = None
         if not settings.check:
-            listeners = stack.enter_context(
-                listen.bind(settings["host"], settings["port"], settings["uds"], settings["frontends"]))
+            listeners = stack.enter_context(listen.bind(
+                settings["host"], settings["port"], settings["uds"], settings["frontends"],
+                "http" if settings["ssl_certfile"] is None else "https"))
             terminal.line(f"Starting {source.name} (quartet {__version__}) ...")
         run = stack.enter_context(rundir.RunDirectory(*rundir.parent_of_runs(settings["run_dir"], os.environ)))
         log_dir = rundir.log_directory(settings["log_dir"], run.path)

@@ -54,10 +54,44 @@ class ModelConfig:
     vocab_size: int = 0                      # rows of the logits
     trust_remote_code: bool = False
     chat_template: str | None = None         # text of a template that overrides the tokenizer's
+    content_format: str = "auto"             # auto | string | openai: how the template takes message contents
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)   # variables for every chat of this model
     generation_defaults: dict[str, float | int | None] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()            # the first one is EOS, the rest count as stop ids
     replicas: int = 1
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """HTTPS. Files are read by the frontends, again on SIGHUP."""
+
+    certfile: str | None = None              # None: plain HTTP
+    keyfile: str | None = None               # None: in certfile
+    ca_certs: str | None = None              # of client certificates
+    cert_reqs: int = 0                       # 0 none, 1 optional, 2 required
+    refresh: bool = False                    # watch the files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorsConfig:
+    """Which web pages may call. No origin: none may."""
+
+    origins: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("*",)
+    headers: tuple[str, ...] = ("*",)
+    credentials: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessLogConfig:
+    """What the frontends log of requests."""
+
+    enabled: bool = True                     # a line per HTTP request
+    quiet_paths: tuple[str, ...] = ()        # no line for these
+    requests: bool = False                   # prompts and parameters
+    outputs: bool = False                    # answers, too
+    max_len: int = 16384                     # characters of a text, or ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +109,15 @@ class HttpConfig:
     request_timeout_s: float = 3600.0        # deadline of a request
     keep_alive_s: float = 10.0               # comment lines in quiet streams; headers wait this long for a first token
     slow_client_s: float = 60.0              # a blocked write ends the request after this
+    root_path: str = ""                      # prefix that a proxy puts in front of every path
+    max_header_bytes: int = 8192
+    response_role: str = "assistant"
+    force_usage: bool = False                # usage in every stream
+    tokens_as_ids: bool = False              # log-probabilities name tokens token_id:N by default
+    tokenizer_info: bool = False             # serve /tokenizer_info
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    cors: CorsConfig = field(default_factory=CorsConfig)
+    log: AccessLogConfig = field(default_factory=AccessLogConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

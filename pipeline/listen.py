@@ -23,9 +23,10 @@ BACKLOG = 4096
 class Listeners:
     """Bound, listening sockets, one per frontend (the same one for all of them with a UNIX socket)."""
 
-    def __init__(self, sockets: list[socket.socket], uds: Path | None = None) -> None:
+    def __init__(self, sockets: list[socket.socket], uds: Path | None = None, scheme: str = "http") -> None:
         self.sockets = sockets
         self.uds = uds
+        self._scheme = scheme
         self._inode = uds.stat().st_ino if uds is not None else 0
 
     @property
@@ -47,7 +48,7 @@ class Listeners:
         if self.uds is not None:
             return f"http+unix://{self.uds}"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"{self._scheme}://[{host}]:{self.port}" if ":" in host else f"{self._scheme}://{host}:{self.port}"
 
     def fd(self, index: int) -> int:
         """The descriptor for frontend `index`."""
@@ -69,12 +70,14 @@ class Listeners:
                     self.uds.unlink()
 
 
-def bind(host: str, port: int, uds: str | None, count: int) -> Listeners:
+def bind(host: str, port: int, uds: str | None, count: int, scheme: str = "http") -> Listeners:
     """Listen for `count` frontends; StartError with exit code 6 when the place is taken, 2 when it is wrong."""
-    return _bind_unix(Path(uds).expanduser().absolute()) if uds is not None else _bind_tcp(host, port, count)
+    if uds is not None:
+        return _bind_unix(Path(uds).expanduser().absolute())
+    return _bind_tcp(host, port, count, scheme)
 
 
-def _bind_tcp(host: str, port: int, count: int) -> Listeners:
+def _bind_tcp(host: str, port: int, count: int, scheme: str) -> Listeners:
     family, address = _resolve(host, port)
     sockets: list[socket.socket] = []
     try:
@@ -94,7 +97,7 @@ def _bind_tcp(host: str, port: int, count: int) -> Listeners:
         for sock in sockets:
             sock.close()
         raise _refusal(error, f"{host}:{port}" if ":" not in host else f"[{host}]:{port}") from None
-    return Listeners(sockets)
+    return Listeners(sockets, scheme=scheme)
 
 
 def _resolve(host: str, port: int) -> tuple[int, tuple]:

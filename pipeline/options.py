@@ -22,7 +22,8 @@ MAX_STAGES = 64                 # processes of one kind
 class Option:
     """One option. `parse` turns text into a value or raises ValueError with the rest of "--name must be ...".
 
-    flag: a switch with --no-name beside it. many: a tuple, given by repeating the flag; words: several at once, too.
+    flag: a switch with --no-name beside it. many: a tuple, given by repeating the flag or as a JSON list; words: several
+    at once, too; commas: separate values wherever they are written.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Option:
     flag: bool = False
     many: bool = False
     words: bool = False
+    commas: bool = False
     secret: bool = False
     positional: bool = False
     aliases: tuple[str, ...] = ()
@@ -77,11 +79,39 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="metrics-need-key", group=HTTP, flag=True, default=False, help="/metrics requires a key, too"),
     Option(name="allowed-hosts", group=HTTP, many=True, default=(), parse=values.host, metavar="NAME",
            help="further Host header names that a server on loopback accepts"),
-    Option(name="disable-docs", group=HTTP, flag=True, default=False, help="serve no /openapi.json and no /docs"),
+    Option(name="disable-docs", group=HTTP, flag=True, default=False, aliases=("disable-fastapi-docs",),
+           help="serve no /openapi.json and no /docs"),
+    Option(name="root-path", group=HTTP, default="", parse=values.root_path, metavar="PREFIX",
+           help="prefix under which a proxy shows this server; paths are answered with it and without it"),
+    Option(name="ssl-certfile", group=HTTP, metavar="FILE", help="serve HTTPS with this certificate chain (PEM)"),
+    Option(name="ssl-keyfile", group=HTTP, metavar="FILE", help="its private key, where --ssl-certfile does not hold it"),
+    Option(name="ssl-ca-certs", group=HTTP, metavar="FILE", help="authorities of client certificates (PEM)"),
+    Option(name="ssl-cert-reqs", group=HTTP, default=0, parse=integer(0, 2), metavar="N",
+           help="client certificates: 0 not asked for, 1 optional, 2 required"),
+    Option(name="enable-ssl-refresh", group=HTTP, flag=True, default=False,
+           help="notice by itself that the certificate's files have changed; SIGHUP reads them again in any case"),
+    Option(name="allowed-origins", group=HTTP, many=True, words=True, default=(), metavar="ORIGIN",
+           parse=values.origin, help="web origins whose pages may call this server (CORS); * is all; none by default"),
+    Option(name="allowed-methods", group=HTTP, many=True, words=True, default=("*",), metavar="METHOD",
+           parse=values.header_word, help="methods that such pages may use"),
+    Option(name="allowed-headers", group=HTTP, many=True, words=True, default=("*",), metavar="HEADER",
+           parse=values.header_word, help="request headers that such pages may send"),
+    Option(name="allow-credentials", group=HTTP, flag=True, default=False,
+           help="such pages may send cookies and keys that the browser holds"),
+    Option(name="max-header-bytes", group=HTTP, default=8192, parse=integer(1024, 2**24, values.count), metavar="N",
+           aliases=("h11-max-incomplete-event-size",), help="size of a request's head; more is refused"),
+    Option(name="response-role", group=HTTP, default="assistant", parse=values.name, metavar="ROLE",
+           help="role of a chat answer, where the request adds a generation prompt"),
+    Option(name="enable-force-include-usage", group=HTTP, flag=True, default=False,
+           help="end every stream with usage, as if stream_options asked for include_usage"),
+    Option(name="return-tokens-as-token-ids", group=HTTP, flag=True, default=False,
+           help="log-probabilities name tokens token_id:N, unless the request says otherwise"),
+    Option(name="enable-tokenizer-info-endpoint", group=HTTP, flag=True, default=False,
+           help="serve /tokenizer_info: the tokenizer's configuration and chat template"),
     Option(name="request-timeout", group=HTTP, default=3600.0, parse=seconds(0.1), metavar="S",
            help="deadline of a request, in seconds"),
-    Option(name="keep-alive-interval", group=HTTP, default=10.0, parse=seconds(0.1, 3600), metavar="S",
-           help="seconds between comment lines in a quiet stream"),
+    Option(name="keep-alive-interval", group=HTTP, default=10.0, parse=values.interval, metavar="S",
+           aliases=("sse-keep-alive-interval",), help="seconds between comment lines in a quiet stream; 0: none"),
     Option(name="slow-client-timeout", group=HTTP, default=60.0, parse=seconds(1.0), metavar="S",
            help="a client that reads nothing for this long is dropped"),
 
@@ -97,8 +127,13 @@ OPTIONS: tuple[Option, ...] = (
            help="run Python code that comes with the model: only for models that you trust like your own programs"),
     Option(name="max-model-len", group=MODEL, parse=values.max_model_len, metavar="N",
            help="context length in tokens: 4096, 32k (32000), 32K (32768) or auto (default: what the model has)"),
-    Option(name="chat-template", group=MODEL, metavar="FILE|TEXT",
-           help="chat template in place of the tokenizer's own"),
+    Option(name="chat-template", group=MODEL, metavar="NAME|FILE|TEXT",
+           help="chat template in place of the tokenizer's own: " + ", ".join(values.TEMPLATE_NAMES) +
+                ", a file, or the template itself"),
+    Option(name="chat-template-content-format", group=MODEL, default="auto", choices=("auto", "string", "openai"),
+           help="how the template takes message contents: as a string or as a list of parts (openai)"),
+    Option(name="default-chat-template-kwargs", group=MODEL, parse=values.json_object, metavar="JSON",
+           help="variables for the chat template, which a request's chat_template_kwargs override"),
     Option(name="trust-request-chat-template", group=MODEL, flag=True, default=False,
            help="requests may bring a chat template of their own"),
     Option(name="generation-config", group=MODEL, default="auto", metavar="auto|vllm|DIR",
@@ -135,7 +170,7 @@ OPTIONS: tuple[Option, ...] = (
            help="use our own CPU kernels where a C compiler is found"),
 
     Option(name="frontends", group=PROCESSES, default=1, parse=integer(1, MAX_STAGES), metavar="N",
-           help="HTTP processes"),
+           aliases=("api-server-count",), help="HTTP processes"),
     Option(name="tokenizers", group=PROCESSES, default=1, parse=integer(1, MAX_STAGES), metavar="N",
            help="tokenizer processes"),
     Option(name="detokenizers", group=PROCESSES, default=1, parse=integer(1, MAX_STAGES), metavar="N",
@@ -167,6 +202,17 @@ OPTIONS: tuple[Option, ...] = (
 
     Option(name="log-level", group=LOGS, default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"),
            help="prompts are logged at DEBUG only"),
+    Option(name="disable-access-log", group=LOGS, flag=True, default=False, aliases=("disable-uvicorn-access-log",),
+           help="no line per HTTP request in the frontends' logs"),
+    Option(name="disable-access-log-for-endpoints", group=LOGS, many=True, words=True, default=(),
+           commas=True, parse=values.url_path, metavar="PATH",
+           help="no such line for these paths, such as /v1/models,/tokenize"),
+    Option(name="enable-log-requests", group=LOGS, flag=True, default=False,
+           help="log each request's prompt and parameters: the logs then hold what users wrote"),
+    Option(name="enable-log-outputs", group=LOGS, flag=True, default=False,
+           help="log answers, too; needs --enable-log-requests"),
+    Option(name="max-log-len", group=LOGS, parse=integer(0, 2**31), metavar="N",
+           help="characters of a prompt or answer, or ids of a prompt, in the log (default: 16384)"),
     Option(name="log-dir", group=LOGS, metavar="DIR",
            help="keep log files here (default: the run directory, which is removed at the end)"),
     Option(name="run-dir", group=LOGS, metavar="DIR",
@@ -178,6 +224,7 @@ OPTIONS: tuple[Option, ...] = (
            help="least duration of a step of the null engine"),
 )
 BY_KEY = {option.key: option for option in OPTIONS}
+BY_NAME = {name: option for option in OPTIONS for name in (option.name, *option.aliases)}
 
 
 # ---- the parser --------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import foreign
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
-from pipeline.options import BY_KEY, OPTIONS, Option, nearest, parser
+from pipeline.options import BY_KEY, BY_NAME, OPTIONS, Option, nearest, parser
 from pipeline.values import HIDDEN
 
 PREFIX = "QUARTET_"
@@ -58,7 +59,8 @@ class Settings:
 
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """The settings that a command line and an environment give; StartError with one sentence."""
-    given, unknown = parser().parse_known_args(arguments)
+    own, warnings = _take_foreign(arguments)
+    given, unknown = parser().parse_known_args(own)
     if unknown:
         raise StartError(CONFIG, _unknown_argument(unknown[0]))
     flags = dict(vars(given))
@@ -66,8 +68,8 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Setting
     path = flags.pop("config", None) or environment.get("QUARTET_CONFIG") or None
     values = {option.key: Value(option.default, "default") for option in OPTIONS}
     if path is not None:
-        values.update(_from_file(Path(path).expanduser()))
-    warnings = _from_environment(environment, values)
+        values.update(_from_file(Path(path).expanduser(), warnings))
+    warnings += _from_environment(environment, values)
     for key, words in flags.items():
         if words is not None:
             option = BY_KEY[key]
@@ -81,12 +83,50 @@ def _convert(option: Option, words: object, where: str) -> Any:
     if isinstance(words, bool):
         return words
     texts: list[str] = words if isinstance(words, list) else [str(words)]
+    if option.many:
+        texts = [part for text in texts for part in _parts(option, text)]
     shown = "" if option.secret or not texts else f", not {texts[-1]!r}"
     try:
         converted = [option.value(text) for text in texts]
     except ValueError as error:
         raise StartError(CONFIG, f"{where} must be {error}{shown}.") from None
     return tuple(converted) if option.many else converted[0]
+
+
+def _parts(option: Option, text: str) -> list[str]:
+    """One text of a list: a value, a JSON list of values, or values between commas."""
+    if text.startswith("["):
+        try:
+            listed = json.loads(text)
+        except (ValueError, RecursionError):
+            listed = None
+        if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+            return listed
+    return [part.strip() for part in text.split(",")] if option.commas else [text]
+
+
+def _take_foreign(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without the flags of vLLM that Quartet has no option for, and what is to be said of those."""
+    own, notes, position = [], list[str](), 0
+    words = list(arguments)
+    while position < len(words):
+        following = words[position + 1] if position + 1 < len(words) else None
+        found = foreign.look_up(words[position], following)
+        if found is None:
+            own.append(words[position])
+            position += 1
+        else:
+            flag, value, count = found
+            notes.append(_note(flag, value, f"--{flag.name}"))
+            position += count
+    return own, notes
+
+
+def _note(flag: foreign.Foreign, value: str, where: str) -> str:
+    """What is to be said of a foreign flag that is taken; StartError for one that is not."""
+    if flag.takes(value):
+        return f"{where} has no effect of its own: {flag.says[:1].lower()}{flag.says[1:]}"
+    raise StartError(CONFIG, f"{where} is not supported{f' with {value!r}' if flag.values and value else ''}. {flag.says}")
 
 
 def _unknown_argument(word: str) -> str:
@@ -113,13 +153,14 @@ def _from_environment(environment: Mapping[str, str], values: dict[str, Value]) 
             warnings.append("QUARTET_PORT looks like a Kubernetes service link and is not used: set "
                             "enableServiceLinks: false, or rename the service.")
         elif text or option.secret:
-            words: object = [part.strip() for part in text.split(",")] if option.many else text
+            listed = option.many and not text.startswith("[")
+            words: object = [part.strip() for part in text.split(",")] if listed else text
             values[option.key] = Value(_convert(option, words, name), name)
     return warnings
 
 
-def _from_file(path: Path) -> dict[str, Value]:
-    """The options in a YAML file; keys with dashes or underscores."""
+def _from_file(path: Path, notes: list[str]) -> dict[str, Value]:
+    """The options in a YAML file, keys with dashes or underscores; `notes` gets what is to be said of vLLM's keys."""
     import yaml
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -137,8 +178,12 @@ def _from_file(path: Path) -> dict[str, Value]:
         raise StartError(CONFIG, f"The configuration file {path} must hold keys and values.")
     values: dict[str, Value] = {}
     for key, written in content.items():
-        option = BY_KEY.get(str(key).replace("-", "_"))
+        option = BY_NAME.get(str(key).replace("_", "-"))
         if option is None:
+            flag = foreign.BY_FLAG.get(str(key).replace("_", "-"))
+            if flag is not None:
+                notes.append(_note(flag, _text(written), f"{path}: {key}"))
+                continue
             close = nearest(str(key).replace("_", "-"), [option.name for option in OPTIONS])
             raise StartError(CONFIG, f"{path}: unknown key '{key}'{close}")
         if option.key in values:

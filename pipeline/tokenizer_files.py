@@ -52,6 +52,18 @@ def read(directory: str | Path) -> TokenizerFiles:
         templates=_templates(folder, config.get("chat_template")))
 
 
+def describe(directory: str | Path) -> dict[str, Any]:
+    """tokenizer_config.json as it is, with the chat template where a file of its own holds it; StartError."""
+    folder = Path(directory)
+    folder = folder.parent if folder.is_file() else folder
+    config = _json(folder / "tokenizer_config.json")
+    templates = _templates(folder, config.get("chat_template"))
+    if templates:
+        config["chat_template"] = templates["default"] if list(templates) == ["default"] else [
+            {"name": name, "template": text} for name, text in templates.items()]
+    return config
+
+
 def dress(tokenizer: Any, files: TokenizerFiles) -> frozenset[int]:
     """Register what only tokenizer_config.json knows; take truncation and padding off; the ids that are special.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 _POWERS = {"": 1, "k": 1000, "K": 2**10, "m": 1000**2, "M": 2**20, "g": 1000**3, "G": 2**30, "t": 1000**4, "T": 2**40}
+TEMPLATE_NAMES = ("chatml", "llama2", "alpaca", "vicuna", "zephyr", "plain")     # files in pipeline/templates/
 HIDDEN = "<hidden>"              # what --print-config shows in place of a secret
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)((?:i?B)?)")
 
@@ -57,6 +58,40 @@ def seconds(low: float, high: float = 30 * 86400.0) -> Callable[[str], float]:
             raise ValueError(f"a number of seconds from {low:g} to {high:g}")
         return value
     return convert
+
+
+def interval(text: str) -> float:
+    """Seconds between two events; 0 is never."""
+    if text.strip() in ("0", "0.0"):
+        return 0.0
+    return seconds(0.1, 3600)(text)
+
+
+def root_path(text: str) -> str:
+    """A prefix without a slash at its end; "" for none."""
+    path = text.rstrip("/")
+    if path and re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path) is None:
+        raise ValueError("a path such as /llm")
+    return path
+
+
+def origin(text: str) -> str:
+    """An origin as browsers send it, or * for all."""
+    if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/,?#]+", text) is None:
+        raise ValueError("an origin such as https://example.org, or *")
+    return text
+
+
+def header_word(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", text) is None:
+        raise ValueError("a name as HTTP knows it, or *")
+    return text
+
+
+def url_path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError("a path that begins with /")
+    return text
 
 
 def max_model_len(text: str) -> int | None:

@@ -20,8 +20,10 @@ class ChatModel(Protocol):
     named_tokens: dict[str, str]
     max_prompt_chars: int
     max_output_chars: int
+    content_format: str
+    template_defaults: dict[str, Any]
 
-    def template(self, has_tools: bool) -> ChatTemplate:
+    def template(self, has_tools: bool = False, has_documents: bool = False) -> ChatTemplate:
         """QuartetError when the model has none."""
 
     def check_chars(self, chars: int) -> None:
@@ -35,9 +37,9 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
                     "continue_final_message")
     tools = parse(chat.tools_json, list, "tools")
     documents = parse(chat.documents_json, list, "documents")
-    template = _template(model, chat, trust_template, bool(tools))
+    template = _template(model, chat, trust_template, bool(tools), bool(documents))
     variables: dict[str, Any] = {
-        **template_kwargs(chat.kwargs_json),
+        **model.template_defaults, **template_kwargs(chat.kwargs_json),
         "messages": normalise(chat.messages_json, wants_parts=template.wants_parts,
                               knows_developer=template.mentions("developer")),
         "tools": tools or None, "documents": documents or None,
@@ -55,13 +57,13 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
     return model.guard.pieces(_cut(text, tag) if tag else text, marks)
 
 
-def _template(model: ChatModel, chat: Chat, trust: bool, has_tools: bool) -> ChatTemplate:
+def _template(model: ChatModel, chat: Chat, trust: bool, has_tools: bool, has_documents: bool) -> ChatTemplate:
     if chat.template is None:
-        return model.template(has_tools)
+        return model.template(has_tools, has_documents)
     if not trust:
         raise QuartetError("unsupported_parameter", "This server does not accept a 'chat_template' in a request.",
                            "chat_template")
-    return ChatTemplate(chat.template)
+    return ChatTemplate(chat.template, content_format=model.content_format)
 
 
 def _leave_open(message: dict[str, Any], tag: str) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_PRIVATE = range(0x10F000, 0x10FFFE)     # plane 16, which no tokenizer and no user needs
+PRIVATE = range(0x10F000, 0x10FFFE)     # plane 16, which no tokenizer and no user needs
 MAX_TOKEN = 256                          # characters; no control token is longer
 Piece = tuple[str, bool]                 # text, and whether it must not become special tokens
 
@@ -49,8 +49,8 @@ def strings(value: Any) -> Iterator[str]:
 
 def unused(values: Iterable[str], count: int) -> str:
     """`count` private-use characters that are in none of `values`."""
-    taken = {char for value in values if not value.isascii() for char in value if ord(char) >= _PRIVATE.start}
-    return "".join([chr(code) for code in _PRIVATE if chr(code) not in taken][:count])
+    taken = {char for value in values if not value.isascii() for char in value if ord(char) >= PRIVATE.start}
+    return "".join([chr(code) for code in PRIVATE if chr(code) not in taken][:count])
 
 
 class Guard:

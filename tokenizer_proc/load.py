@@ -16,6 +16,7 @@ from pipeline.errors import QuartetError, StartError
 from pipeline.exits import MODEL_LOAD
 from pipeline.tokenizer_files import TokenizerFiles, dress, read
 from tokenizer_proc.guard import Guard, Piece
+from tokenizer_proc.messages import is_reserved
 from tokenizer_proc.template import ChatTemplate
 
 LEAST_TOKEN_CHARS = 16               # characters that one token may stand for, at least (unknown words, dropped marks)
@@ -49,10 +50,15 @@ class TextModel:
         self._before, self._after = self._specials(files)
         self._sources = dict(files.templates)
         self._compiled: dict[str, ChatTemplate] = {}
+        self.content_format = config.content_format
+        self.template_defaults = dict(config.chat_template_kwargs)
+        wrong = next((name for name in self.template_defaults if is_reserved(name)), None)
+        if wrong is not None:
+            raise StartError(MODEL_LOAD, f"--default-chat-template-kwargs must not set '{wrong}'.")
         if config.chat_template is not None:
             self._sources = {"default": config.chat_template}
             try:
-                self.template(has_tools=False)
+                self.template()
             except QuartetError as error:
                 raise StartError(MODEL_LOAD, f"The chat template given for {config.names[0]} cannot be used: "
                                              f"{error.message}") from None
@@ -61,21 +67,28 @@ class TextModel:
 
     # ---- templates -----------------------------------------------------------------------------------------------
 
-    def template(self, has_tools: bool) -> ChatTemplate:
-        """The chat template: the variant for tools where there is one. QuartetError when the model has none."""
-        names = ("tool_use", "default") if has_tools else ("default",)
-        name = next((n for n in names if n in self._sources), None)
+    def template(self, has_tools: bool = False, has_documents: bool = False) -> ChatTemplate:
+        """The chat template: the variant for tools or documents where there is one. QuartetError for no template."""
+        wanted = [name for name, asked in (("tool_use", has_tools), ("rag", has_documents)) if asked]
+        name = next((n for n in (*wanted, "default") if n in self._sources), None)
         if name is None and len(self._sources) == 1:
             name = next(iter(self._sources))
         if name is None:
             raise QuartetError("invalid_request", "This model has no chat template: use the completions API, or start "
-                               "the server with --chat-template.", "messages")
+                               "the server with --chat-template (chatml, for instance).", "messages")
         template = self._compiled.get(name)
         if template is None:
-            template = self._compiled[name] = ChatTemplate(self._sources[name])
-            log.info("chat template %s takes message contents as %s", name,
-                     "parts" if template.wants_parts else "strings")
+            template = self._compiled[name] = ChatTemplate(self._sources[name], content_format=self.content_format)
+            self._tell_format(name, template)
         return template
+
+    def _tell_format(self, name: str, template: ChatTemplate) -> None:
+        if self.content_format == "auto":
+            log.info("Detected the chat template content format to be '%s' (template %s). "
+                     "You can set --chat-template-content-format to override this.", template.detected, name)
+        elif self.content_format != template.detected:
+            log.warning("The chat template %s looks as if it took contents as '%s'; --chat-template-content-format "
+                        "says '%s'.", name, template.detected, self.content_format)
 
     # ---- encoding ------------------------------------------------------------------------------------------------
 

@@ -49,9 +49,14 @@ def template_kwargs(data: bytes) -> dict[str, Any]:
     """chat_template_kwargs: variables for the template, none of which may stand in for the server's own."""
     kwargs = parse(data, dict, "chat_template_kwargs")
     for name in kwargs:
-        if name in RESERVED or name.startswith("return_"):
+        if is_reserved(name):
             raise wrong(f"'chat_template_kwargs' must not set '{name[:100]}'.", "chat_template_kwargs")
     return dict(kwargs)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a template's variable of this name is the server's own."""
+    return name in RESERVED or name.startswith("return_")
 
 
 def normalise(data: bytes, *, wants_parts: bool, knows_developer: bool) -> list[dict[str, Any]]:
@@ -59,7 +64,17 @@ def normalise(data: bytes, *, wants_parts: bool, knows_developer: bool) -> list[
     messages = parse(data, list, "messages")
     if not messages:
         raise wrong("'messages' is empty.")
-    return [_message(message, f"messages[{n}]", wants_parts, knows_developer) for n, message in enumerate(messages)]
+    result = [_message(message, f"messages[{n}]", wants_parts, knows_developer) for n, message in enumerate(messages)]
+    if not knows_developer and any(message["role"] == "developer" for message in messages):
+        result = _one_system_message(result, wants_parts)
+    return result
+
+
+def _one_system_message(messages: list[dict[str, Any]], wants_parts: bool) -> list[dict[str, Any]]:
+    """All system messages as one at the front: a template that knows no developers often allows no second one."""
+    contents = [message["content"] for message in messages if message["role"] == "system"]
+    joined = [part for content in contents for part in content] if wants_parts else "\n\n".join(contents)
+    return [{"role": "system", "content": joined}, *(m for m in messages if m["role"] != "system")]
 
 
 def text_chars(messages: list[dict[str, Any]]) -> int:

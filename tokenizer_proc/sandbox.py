@@ -29,6 +29,7 @@ from tokenizer_proc.dialect import (
     raise_exception,
     strftime_now,
 )
+from tokenizer_proc.guard import PRIVATE
 from tokenizer_proc.limits import ELEMENT, TooLarge, gathered, weigh
 
 VALUE_LIMIT = 4 * 2**20              # characters of one value; more where the messages themselves are larger
@@ -55,6 +56,14 @@ _PLAIN_FILTERS = (
     "wordcount")
 _LAZY = {"map", "select", "selectattr", "reject", "rejectattr", "default", "d", "first", "last", "length", "count"}
 _FIELD = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
+
+
+# What ensure_ascii escapes: not the characters that stand for guard's marks, which must stay single.
+_NOT_ASCII = re.compile(f"[^\\x00-\\x7f{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return json.dumps(match.group())[1:-1]
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -272,9 +281,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.bound(value)
         if (len(indent) if isinstance(indent, str) else indent or 0) > 16:
             raise TooLarge
-        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys,
+        encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, sort_keys=sort_keys,
                                    separators=separators)  # type: ignore[arg-type]
-        return encoder.encode(value) if indent is None else self.concat(encoder.iterencode(value))
+        text = encoder.encode(value) if indent is None else self.concat(encoder.iterencode(value))
+        return self.text(_NOT_ASCII.sub(_escaped, text)) if ensure_ascii else text
 
     def _checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose result is weighed, and whose generators are gathered within the limit first."""

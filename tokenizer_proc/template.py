@@ -29,19 +29,23 @@ def failed(message: str) -> QuartetError:
 
 
 class ChatTemplate:
-    """`wants_parts`: message contents are lists of parts ("openai" format), not plain strings."""
+    """`wants_parts`: message contents are lists of parts ("openai" format), not plain strings.
 
-    __slots__ = ("source", "wants_parts", "_environment", "_template", "_seconds")
+    `detected`: the format that the template's text suggests, openai or string.
+    """
 
-    def __init__(self, source: str, seconds: float = RENDER_S) -> None:
-        """QuartetError when the text is no template."""
+    __slots__ = ("source", "detected", "wants_parts", "_environment", "_template", "_seconds")
+
+    def __init__(self, source: str, seconds: float = RENDER_S, content_format: str = "auto") -> None:
+        """QuartetError when the text is no template. `content_format`: string or openai, or auto to find out."""
         if len(source) > MAX_TEMPLATE:
             raise failed(f"The chat template is longer than {MAX_TEMPLATE} characters.")
         self.source, self._seconds = source, seconds
         self._environment = BoundedEnvironment()
         try:
             tree = self._environment.parse(source)
-            self.wants_parts = wants_parts(tree)
+            self.detected = "openai" if wants_parts(tree) else "string"
+            self.wants_parts = (self.detected if content_format == "auto" else content_format) == "openai"
             self._template = within(seconds, lambda: self._environment.from_string(source))
         except TemplateSyntaxError as error:
             raise failed(f"The chat template has a syntax error in line {error.lineno}.") from None

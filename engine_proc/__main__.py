@@ -10,7 +10,9 @@ import time
 
 from engine_proc.core import EngineCore
 from engine_proc.plan import Runner
-from pipeline.config import ModelConfig
+from engine_proc.pooling.core import PoolingCore
+from engine_proc.pooling.plan import PoolRunner
+from pipeline.config import POOLING_TASKS, ModelConfig
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.messages import Kind
@@ -26,12 +28,34 @@ def load(model: ModelConfig, context: Context) -> Runner:
     return load_runner(model, context.progress)
 
 
-def build(context: Context) -> EngineCore:
+def load_pooling(model: ModelConfig, context: Context) -> PoolRunner:
+    """The same for a model that gives vectors or class scores."""
+    if model.engine.backend == "null":
+        from engine_proc.pooling.null import NullPoolRunner
+        return NullPoolRunner(model)
+    raise StartError(CONFIG, f"This build cannot serve models for '{model.task}'.")
+
+
+def build_pooling(context: Context, model: ModelConfig) -> PoolingCore:
+    runner = load_pooling(model, context)
+    core = PoolingCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
+                       context.registry)
+    context.status.facts_json = json.dumps({
+        "labels": [], "late_interaction": False, **runner.facts, "max_model_len": model.max_model_len,
+        "vocab_size": runner.vocab_size, "dimension": runner.dimension, "num_labels": runner.num_labels,
+        "matryoshka": None if runner.matryoshka is None else list(runner.matryoshka),
+        "tasks": list(runner.tasks)}).encode()
+    return core
+
+
+def build(context: Context) -> EngineCore | PoolingCore:
     engines = context.config.engines()
     if not 0 <= context.index < len(engines):
         raise StartError(CONFIG, f"The configuration has no engine number {context.index}.")
     model = context.config.models[engines[context.index]]
     context.progress("loading", 0)
+    if model.task in POOLING_TASKS:
+        return build_pooling(context, model)
     runner = load(model, context)
     core = EngineCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
                       context.registry)

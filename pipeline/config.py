@@ -17,6 +17,8 @@ from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.messages import Kind
 
+POOLING_TASKS = ("embed", "classify", "score")     # of ModelConfig.task: these models give numbers, not text
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

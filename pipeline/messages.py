@@ -233,6 +233,8 @@ class PoolAdd:
     params: PoolParams
     deadline_ns: u64
     priority: i64 = 0
+    total: u32 = 0                      # inputs of the submission over all of its slices; 0: those of this slice
+    alone: bool = False                 # in no batch with another request: its engine died twice under it
 
 
 @dataclass(slots=True)

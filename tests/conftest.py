@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,17 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DIS
 # A loaded machine is no reason to fail: what is fast enough is measured in benchmarks/, not in tests.
 settings.register_profile("quartet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("quartet")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker of pytest-xdist would nest its directories too deep for the paths of UNIX sockets."""
+    if hasattr(config, "workerinput"):
+        config.option.basetemp = Path(tempfile.mkdtemp(prefix="qt-", dir="/tmp"))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        shutil.rmtree(config.option.basetemp, ignore_errors=True)
 
 
 def children() -> set[int]:

@@ -334,7 +334,8 @@ def test_good_json() -> None:
     assert parse_object(depth_64)
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False)
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70)
+                           | st.floats(allow_nan=False, allow_infinity=False)
                            | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
                            | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
 

@@ -20,6 +20,7 @@ _GETS = {
     "/v1/models": "The models of this server.", "/v1/models/{id}": "One model.", "/version": "The server's version.",
     "/live": "Whether the frontend turns.", "/ready": "Whether requests would be answered.",
     "/health": "As /ready.", "/ping": "As /ready.", "/metrics": "Metrics of all processes, Prometheus text.",
+    "/load": "Requests in flight.",
 }
 _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
     "type": "object", "required": ["message", "type", "param", "code"], "properties": {
@@ -50,6 +51,7 @@ def document(config: ServerConfig) -> dict[str, Any]:
         paths[path] = {"get": operation}
     return {
         "openapi": "3.1.0", "info": {"title": "Quartet", "version": __version__},
+        **({"servers": [{"url": config.http.root_path}]} if config.http.root_path else {}),
         "paths": paths, "security": [{"key": []}],
         "components": {"schemas": {**schemas.get("$defs", {}), "Error": _ERROR},
                        "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}}

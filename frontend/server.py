@@ -16,6 +16,7 @@ from typing import Any
 from sanic import Sanic
 from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
+from sanic.http import Http
 from sanic.http.constants import HTTP
 from sanic.server import AsyncioServer
 
@@ -57,6 +58,7 @@ class Frontend:
 def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any], Ingress]:
     """The application with every route. `name` is unique within the process."""
     http = frontend.config.http
+    Http.HEADER_CEILING = max(http.max_header_bytes, 16384)         # above Sanic's own only where somebody asks for it
     config = Config(env_prefix=None)
     config.update_config({
         "ACCESS_LOG": False, "AUTO_EXTEND": False, "FALLBACK_ERROR_FORMAT": "json", "INSPECTOR": False, "MOTD": False,

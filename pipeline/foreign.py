@@ -46,8 +46,8 @@ _TEXT_ONLY = "There are no image or video inputs that it could be about."
 FOREIGN: tuple[Foreign, ...] = (
     # ---- always so
     _switch("enable-request-id-headers", "X-Request-Id is in every answer."),
-    _switch("enable-prompt-tokens-details", "usage.prompt_tokens_details is in every answer."),
-    _switch("enable-server-load-tracking", "/load always counts."),
+    _switch("enable-prompt-tokens-details", "The field usage.prompt_tokens_details is in every answer."),
+    _switch("enable-server-load-tracking", "The route /load always counts."),
     _switch("enable-chunked-prefill", "Prefill is always chunked; see --max-prefill-chunk."),
     _switch("async-scheduling", "Steps are always planned ahead on an accelerator."),
     _switch("log-error-stack", "Stacks of unexpected errors are always in the stages' log files."),
@@ -100,12 +100,12 @@ FOREIGN: tuple[Foreign, ...] = (
     _off("enable-per-request-metrics", "Times are in openai-processing-ms and /metrics, not in answers."),
     _off("enable-scale-out", "The in-cluster client does that; see docs/client.md."),
     _off("enable-fault-tolerance", "Processes that die are always replaced, and their requests go on."),
-    _off("enable-offline-docs", "/docs needs nothing from elsewhere."),
+    _off("enable-offline-docs", "The page /docs needs nothing from elsewhere."),
     _only("otlp-traces-endpoint", says="There is no tracing: the access log has the times of every request."),
     _only("show-hidden-metrics-for-version", says="All metrics are shown; docs/metrics.md lists them."),
     _only("max-num-queued-tokens", says="Use --max-inflight-tokens."),
-    _only("fingerprint-mode", says="system_fingerprint names model, type and version, and nothing else."),
-    _only("fingerprint-value", says="system_fingerprint names model, type and version, and nothing else."),
+    _only("fingerprint-mode", says="The field system_fingerprint names model, type and version, and nothing else."),
+    _only("fingerprint-value", says="The field system_fingerprint names model, type and version, and nothing else."),
     _only("profiler-config", says="Profile a stage from outside; SIGUSR2 writes its stacks."),
     _only("custom-histogram-buckets", says="Buckets are those of vLLM's own boards."),
 )

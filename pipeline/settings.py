@@ -125,7 +125,7 @@ def _take_foreign(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _note(flag: foreign.Foreign, value: str, where: str) -> str:
     """What is to be said of a foreign flag that is taken; StartError for one that is not."""
     if flag.takes(value):
-        return f"{where} has no effect of its own: {flag.says[:1].lower()}{flag.says[1:]}"
+        return f"{where} has no effect of its own. {flag.says}"
     raise StartError(CONFIG, f"{where} is not supported{f' with {value!r}' if flag.values and value else ''}. {flag.says}")
 
 

@@ -1,16 +1,21 @@
 """Text of users that spells control tokens: found before a chat is rendered, kept apart when it is encoded.
 
 Run by the tokenizer. A special token inside a message would otherwise become the real token and could end the turn or
-begin another role. Such spellings are wrapped in two private-use characters that occur nowhere in the request; after
-rendering, what stands between them is encoded as ordinary text, while the template's own control tokens stay tokens.
+begin another role. Such spellings are wrapped in two characters that occur nowhere in the request; after rendering, what
+stands between them is encoded as ordinary text, while the template's own control tokens stay tokens.
 """
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-PRIVATE = range(0x10F000, 0x10FFFE)     # plane 16, which no tokenizer and no user needs
+from pipeline.errors import QuartetError
+
+# Egyptian hieroglyphs and Tangut. Not private-use characters: those are escaped where a template prints a list or a
+# mapping as Python does, and an escaped mark guards nothing.
+MARKS = (*range(0x13000, 0x1342F), *range(0x17000, 0x187F8))
 MAX_TOKEN = 256                          # characters; no control token is longer
 Piece = tuple[str, bool]                 # text, and whether it must not become special tokens
 
@@ -48,9 +53,12 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def unused(values: Iterable[str], count: int) -> str:
-    """`count` private-use characters that are in none of `values`."""
-    taken = {char for value in values if not value.isascii() for char in value if ord(char) >= PRIVATE.start}
-    return "".join([chr(code) for code in PRIVATE if chr(code) not in taken][:count])
+    """`count` rare characters that are in none of `values`; QuartetError where those use them all."""
+    taken = {char for value in values if not value.isascii() for char in value if ord(char) >= MARKS[0]}
+    free = "".join(char for char in islice((c for c in map(chr, MARKS) if c not in taken), count))
+    if len(free) < count:
+        raise QuartetError("invalid_value", "The messages use too many different rare characters.", "messages")
+    return free
 
 
 class Guard:

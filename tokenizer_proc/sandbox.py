@@ -29,7 +29,7 @@ from tokenizer_proc.dialect import (
     raise_exception,
     strftime_now,
 )
-from tokenizer_proc.guard import PRIVATE
+from tokenizer_proc.guard import MARKS
 from tokenizer_proc.limits import ELEMENT, TooLarge, gathered, weigh
 
 VALUE_LIMIT = 4 * 2**20              # characters of one value; more where the messages themselves are larger
@@ -59,7 +59,7 @@ _FIELD = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
 
 
 # What ensure_ascii escapes: not the characters that stand for guard's marks, which must stay single.
-_NOT_ASCII = re.compile(f"[^\\x00-\\x7f{chr(PRIVATE.start)}-{chr(PRIVATE.stop - 1)}]")
+_NOT_ASCII = re.compile(f"[^\\x00-\\x7f{''.join(map(chr, MARKS))}]")
 
 
 def _escaped(match: re.Match[str]) -> str:

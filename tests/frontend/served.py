@@ -25,6 +25,7 @@ from frontend.metrics import FrontendMetrics
 from frontend.server import Frontend, build_app, prepare, serve
 from frontend.stages import Stages
 from frontend.table import RequestTable
+from pipeline import tls
 from pipeline.beacon import Heard
 from pipeline.config import ServerConfig
 from pipeline.ids import RidMaker
@@ -202,7 +203,8 @@ async def served(**changes: Any) -> AsyncIterator[Served]:
     sock = socket.create_server(("127.0.0.1", 0))
     prepare(sock)
     server.port = sock.getsockname()[1]
-    running = await serve(server.app, sock)
+    tls_config = server.frontend.config.http.tls
+    running = await serve(server.app, sock, None if tls_config.certfile is None else tls.context(tls_config))
     try:
         yield server
         await server.idle()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detok_proc.answer import Answer
 from detok_proc.stops import Stops
 from detok_proc.stream import open_text, whole_text
 from detok_proc.vocab import Vocab
-from pipeline.messages import Finish, Logprobs, Open, TextDelta, TokenOut, Usage, unpack_ids
+from pipeline.families.parts import append_span
+from pipeline.messages import Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
 
 ENDS = (Finish.EOS, Finish.STOP_ID)     # the last id is what ended the text, not part of it
 
@@ -25,7 +27,7 @@ class Choice:
     __slots__ = (
         "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "finish",
         "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts", "_ids",
-        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage")
+        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans")
 
     def __init__(self, opened: Open, vocab: Vocab, engine: int, engine_epoch: int) -> None:
         """Replays `opened.history` silently: the first delta follows what an undisturbed run would have sent."""
@@ -35,13 +37,16 @@ class Choice:
         self.stopped = False                  # by a stop string; the engine's closing record is still to come
         self.waiting = False                  # in the worker's list of choices with output
         self._vocab = vocab
+        self._answer = Answer.open(spec, vocab, left)
         self._text = open_text(
-            vocab, left, skip_special=spec.skip_special, spaces=spec.spaces_between_special or spec.skip_special)
+            vocab, left, skip_special=spec.skip_special, spaces=spec.spaces_between_special or spec.skip_special,
+            markers=self._answer.markers if self._answer is not None else frozenset())
         self._stops = Stops(spec.stop, spec.include_stop) if spec.stop else None
         self._min_tokens, self._include_stop = spec.min_tokens, spec.include_stop
         self._left, self._left_done = left, 0
         self._usage: Usage | None = None
         self._texts: list[str] = []
+        self._spans: list[tuple[int, int]] = []
         self._ids: list[bytes] = []
         self._logprobs: list[Logprobs] = []
         self._prompt_logprobs: list[Logprobs] = []
@@ -53,13 +58,17 @@ class Choice:
         elif spec.echo:
             self._prompt_text = whole_text(vocab, left, skip_special=spec.skip_special)
         self.sent_have, self.sent_chars = self.have, self.chars
+        if self.stopped:
+            self._say(self._last_words(""))
 
     def _replay(self, history: Sequence[int]) -> None:
         text, self.have = self._decode(history)
         self.chars = len(text)
-        if self._stops is not None and self._stops.hit is not None:
-            # The predecessor found the stop string, but its last words were lost: say them again.
-            self.finish, self._stop, self.stopped = Finish.STOP_STRING, self._stops.hit, True
+        self._spans.clear()
+        if self._cut:
+            # The predecessor found the end of the text, but its last words were lost: say them again.
+            self.finish, self.stopped = Finish.STOP_STRING, True
+            self._stop = None if self._stops is None else self._stops.hit
             self._new_usage = Usage(0, 0, self.have)
 
     def apply(self, out: TokenOut) -> int | None:
@@ -85,20 +94,20 @@ class Choice:
             text, count = self._decode(numbers[:-1])
         else:
             text, count = self._decode(numbers)
-        if self._stops is not None and self._stops.hit is not None:
-            packed, finish, self._stop, self.stopped = packed[:4 * count], Finish.STOP_STRING, self._stops.hit, True
+        if self._cut:
+            packed, finish, self.stopped = packed[:4 * count], Finish.STOP_STRING, True
+            self._stop = None if self._stops is None else self._stops.hit
             logprobs = None if logprobs is None else _slice(logprobs, 0, count)
+            text += self._last_words("")
         else:
             count = len(numbers)
             if finish:
-                text += (self._stops.end() if self._stops is not None else "") + self._text.end()
+                text += self._last_words((self._stops.end() if self._stops is not None else "") + self._text.end())
                 self._stop = out.stop_id if finish == Finish.STOP_ID else None
         self.have += count
         self.finish = finish
         self._ids.append(packed)
-        if text:
-            self.chars += len(text)
-            self._texts.append(text)
+        self._say(text)
         if logprobs is not None:
             self._logprobs.append(logprobs)
         if not self.stopped:
@@ -114,11 +123,14 @@ class Choice:
             self.rid, self.sent_chars, texts[0] if len(texts) == 1 else "".join(texts), self.sent_have,
             ids[0] if len(ids) == 1 else b"".join(ids), self.finish, self._stop,
             _join(self._logprobs) if self._logprobs else None, self._prompt_text,
-            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
+            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage,
+            [Span(kind, chars) for kind, chars in self._spans],
+            *((0, False) if self._answer is None else (self._answer.reasoning_tokens, self._answer.in_call)))
 
     def sent(self) -> None:
         self.sent_have, self.sent_chars, self.waiting = self.have, self.chars, False
         self._texts.clear()
+        self._spans.clear()
         self._ids.clear()
         self._prompt_text = self._new_usage = None
         if self._logprobs:
@@ -137,11 +149,14 @@ class Choice:
     def assert_invariants(self) -> None:
         assert 0 <= self.sent_chars <= self.chars and 0 <= self.sent_have <= self.have
         assert sum(map(len, self._texts)) == self.chars - self.sent_chars
+        assert self._answer is None or sum(n for _, n in self._spans) == self.chars - self.sent_chars
         assert sum(map(len, self._ids)) == 4 * (self.have - self.sent_have)
-        assert not self.stopped or self.finish == Finish.STOP_STRING or self._stops is not None
+        assert not self.stopped or self.finish == Finish.STOP_STRING
 
     def _decode(self, numbers: Sequence[int]) -> tuple[str, int]:
-        """(text released by the next ids, how many of the ids were used: fewer than all at a stop string)."""
+        """(text released by the next ids, how many of the ids were used: fewer than all where the text is cut)."""
+        if self._answer is not None:
+            return self._decode_answer(self._answer, numbers)
         if self._stops is None:
             return (self._text.push(numbers[0]) if len(numbers) == 1 else self._text.push_all(numbers)), len(numbers)
         parts, push, stops = [], self._text.push, self._stops
@@ -152,6 +167,43 @@ class Choice:
                 if stops.hit is not None:
                     return "".join(parts), count
         return "".join(parts), len(numbers)
+
+    def _decode_answer(self, answer: Answer, numbers: Sequence[int]) -> tuple[str, int]:
+        """The same, with stop strings looked for in what the model wrote, and the parser behind them."""
+        push, stops, used = self._text.push, self._stops, len(numbers)
+        for count, number in enumerate(numbers, 1):
+            piece = push(number)
+            if stops is not None and piece:
+                piece = stops.push(piece, self.have + count > self._min_tokens)
+            answer.push(piece)
+            if self._cut:
+                used = count
+                break
+        return self._taken(answer), used
+
+    @property
+    def _cut(self) -> bool:
+        """A stop string, or a parser that has all it may take, has ended the text."""
+        return (self._stops is not None and self._stops.hit is not None) or (
+            self._answer is not None and self._answer.done)
+
+    def _last_words(self, text: str) -> str:
+        """What is released when no text follows `text`."""
+        if self._answer is None:
+            return text
+        self._answer.end(text)
+        return self._taken(self._answer)
+
+    def _taken(self, answer: Answer) -> str:
+        text, spans = answer.take()
+        for kind, chars in spans:
+            append_span(self._spans, kind, chars)
+        return text
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.chars += len(text)
+            self._texts.append(text)
 
     def _rest(self, out: TokenOut) -> TokenOut:
         """`out` without the ids that the choice already has."""

@@ -117,15 +117,38 @@ class LibraryText:
         return decode(self._window, skip_special_tokens=self._skip)[len(before):]
 
 
-def open_text(vocab: Vocab, left: Sequence[int], *, skip_special: bool, spaces: bool) -> Text:
-    """The decoder of a choice whose prompt ends with `left`.
+class MarkedText:
+    """By the library, without special tokens but for some, which are markers of a parser."""
+
+    __slots__ = ("_inner", "_names", "_special")
+
+    def __init__(self, vocab: Vocab, inner: LibraryText, markers: frozenset[int]) -> None:
+        self._inner, self._special = inner, vocab.special
+        self._names = {number: vocab.tokenizer.id_to_token(number) or "" for number in markers}
+
+    def push(self, number: int) -> str:
+        if number not in self._special:
+            return self._inner.push(number)
+        return self._inner.end() + self._names.get(number, "")
+
+    def push_all(self, ids: Sequence[int]) -> str:
+        return "".join([self.push(number) for number in ids])
+
+    def end(self) -> str:
+        return self._inner.end()
+
+
+def open_text(vocab: Vocab, left: Sequence[int], *, skip_special: bool, spaces: bool,
+              markers: frozenset[str] = frozenset()) -> Text:
+    """The decoder of a choice whose prompt ends with `left`. `markers`: special tokens that are shown in any case.
 
     What is generated continues the prompt: its first piece keeps its leading space, and its first bytes may complete a
     character that the prompt began. `spaces`: keep the spaces of a joining decoder between special tokens.
     """
     if not vocab.exact:
-        return LibraryText(vocab, skip_special, left)
-    table = vocab.shown if skip_special else vocab.raw
+        text = LibraryText(vocab, skip_special, left)
+        return MarkedText(vocab, text, vocab.markers(markers)) if markers and skip_special else text
+    table = vocab.marked(markers) if skip_special else vocab.raw
     data = b"".join([table[number] for number in left[-PRIMING:] if number < len(table)])
     tail = data[utf_8_decode(data, "replace", False)[1]:]
     assert vocab.rules is not None

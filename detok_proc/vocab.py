@@ -155,7 +155,7 @@ def _flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
 class Vocab:
     """Token bytes of one model. `raw[id]`: always the token's bytes; `shown[id]`: b"" for special tokens."""
 
-    __slots__ = ("raw", "shown", "special", "added", "tokenizer", "rules", "reason")
+    __slots__ = ("raw", "shown", "special", "added", "tokenizer", "rules", "reason", "_marked")
 
     def __init__(self, tokenizer: Tokenizer, special: frozenset[int]) -> None:
         self.tokenizer, self.special = tokenizer, special
@@ -171,9 +171,8 @@ class Vocab:
         except (Unsupported, KeyError, TypeError, ValueError) as error:
             self.rules, self.reason = None, f"decoder {error}"
             self.raw = [b"" if token is None else token.encode("utf-8", "replace") for token in tokens]
-        self.shown = list(self.raw)
-        for number in special:
-            self.shown[number] = b""
+        self.shown = self._hidden(special)
+        self._marked: dict[frozenset[str], list[bytes]] = {}
         if self.rules is not None and not self._agrees(tokens):
             self.rules, self.reason = None, "the byte table differs from the library"
 
@@ -198,6 +197,24 @@ class Vocab:
     def exact(self) -> bool:
         """Whether the table decodes; False: the library does."""
         return self.rules is not None
+
+    def markers(self, tokens: frozenset[str]) -> frozenset[int]:
+        """The ids of those of `tokens` that are special."""
+        return frozenset(number for token in tokens if (number := self.tokenizer.token_to_id(token)) in self.special)
+
+    def marked(self, tokens: frozenset[str]) -> list[bytes]:
+        """`shown` with the special tokens among `tokens`, which come from the closed set of families."""
+        table = self._marked.get(tokens)
+        if table is None:
+            seen = self.markers(tokens)
+            table = self._marked[tokens] = self._hidden(self.special - seen) if seen else self.shown
+        return table
+
+    def _hidden(self, numbers: frozenset[int]) -> list[bytes]:
+        table = list(self.raw)
+        for number in numbers:
+            table[number] = b""
+        return table
 
     def whole(self, ids: Sequence[int], skip_special: bool) -> bytes:
         """The bytes of a text that starts with `ids` (an echoed prompt): the start is treated as the library does."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import keys, tls
+from pipeline import keys, tls, tokenizer_files
 from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
 from pipeline.config import (
     AccessLogConfig,
@@ -26,6 +26,7 @@ from pipeline.config import (
 )
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
+from pipeline.families import table as families
 from pipeline.options import BY_KEY, nearest
 from pipeline.settings import Settings
 from pipeline.values import TEMPLATE_NAMES, api_key
@@ -158,17 +159,30 @@ def model_config(settings: Settings, source: Source, directory: Path, tokenizer:
     null = settings["null_engine"] is not None
     facts = describe(directory, tokenizer, generation_directory(settings, directory), weights=not null)
     wanted, longest = settings["max_model_len"], facts.longest
+    tools, reasoning = _parsers(settings, tokenizer)
     if wanted is not None and longest is not None and wanted > longest:
         raise _wrong(f"--max-model-len is {wanted}, and the model has a context of {longest} tokens.")
     return ModelConfig(
         names=settings["served_model_name"] or (source.name,), path=str(directory), source=source.where,
         tokenizer="" if tokenizer == directory else str(tokenizer), max_model_len=wanted or facts.max_model_len,
         vocab_size=facts.vocab_size, trust_remote_code=settings["trust_remote_code"],
-        chat_template=chat_template(settings), content_format=settings["chat_template_content_format"],
+        chat_template=chat_template(settings), tool_parser=tools, reasoning_parser=reasoning,
+        content_format=settings["chat_template_content_format"],
         chat_template_kwargs=settings["default_chat_template_kwargs"] or {}, eos_ids=facts.eos_ids,
         replicas=settings["data_parallel_size"],
         generation_defaults={**facts.generation_defaults, **_overrides(settings["override_generation_config"] or {})},
         engine=engine_config(settings))
+
+
+def _parsers(settings: Settings, tokenizer: Path) -> tuple[str, str]:
+    """The families of tool calls and of reasoning: named, or as the chat template tells. "" for none."""
+    template = chat_template(settings)
+    if template is None:
+        template = "\n".join(tokenizer_files.read(tokenizer).templates.values())
+    tools, reasoning = settings["tool_call_parser"], settings["reasoning_parser"]
+    tools = families.family_of(template) if tools == "auto" else "" if tools == "none" else tools
+    reasoning = families.reasoning_of(template) if reasoning == "auto" else "" if reasoning == "none" else reasoning
+    return tools, reasoning
 
 
 def _overrides(values: Mapping[str, Any]) -> dict[str, float | int | None]:

@@ -58,6 +58,8 @@ class ModelConfig:
     chat_template: str | None = None         # text of a template that overrides the tokenizer's
     content_format: str = "auto"             # auto | string | openai: how the template takes message contents
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)   # variables for every chat of this model
+    tool_parser: str = ""                    # families.table.FAMILIES; "": answers are not searched for tool calls
+    reasoning_parser: str = ""               # families.reasoning.REASONINGS; "": answers hold no reasoning
     generation_defaults: dict[str, float | int | None] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()            # the first one is EOS, the rest count as stop ids
     replicas: int = 1

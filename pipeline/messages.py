@@ -173,8 +173,20 @@ class TokenOut:
 
 
 @dataclass(slots=True)
+class Span:
+    """What the next `chars` characters of a delta's text are: a families.parts.Part."""
+
+    kind: u8
+    chars: u32
+
+
+@dataclass(slots=True)
 class TextDelta:
-    """detokenizer -> frontend: text that follows `offset` characters, and the ids that it came from."""
+    """detokenizer -> frontend: text that follows `offset` characters, and the ids that it came from.
+
+    With a parser the text is what the parser made of the output (names and arguments of calls, reasoning, content),
+    and `spans` covers it; without one it is the output itself and there are no spans.
+    """
 
     rid: u64
     offset: u32                         # characters sent before
@@ -187,6 +199,9 @@ class TextDelta:
     prompt_text: str | None = None      # with echo: ahead of the first text
     prompt_logprobs: Logprobs | None = None
     usage: Usage | None = None
+    spans: list[Span] = field(default_factory=list)
+    reasoning_tokens: u32 = 0           # of the choice so far
+    open_call: bool = False             # with the finish: the last call's arguments are not complete
 
 
 @dataclass(slots=True)
@@ -473,5 +488,5 @@ REGISTRY: dict[int, type] = {
 }
 RECORDS: tuple[type, ...] = (
     Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,
-    MetricFamily, SamplingParams, DetokSpec, Grammar, PoolParams, PoolText, PoolInput, PoolAdd,
+    MetricFamily, SamplingParams, DetokSpec, Grammar, PoolParams, PoolText, PoolInput, PoolAdd, Span,
 )

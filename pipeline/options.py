@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from pipeline import values
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
+from pipeline.families import table as families
 from pipeline.values import integer, seconds
 
 MAX_STAGES = 64                 # processes of one kind
@@ -134,6 +135,12 @@ OPTIONS: tuple[Option, ...] = (
            help="how the template takes message contents: as a string or as a list of parts (openai)"),
     Option(name="default-chat-template-kwargs", group=MODEL, parse=values.json_object, metavar="JSON",
            help="variables for the chat template, which a request's chat_template_kwargs override"),
+    Option(name="tool-call-parser", group=MODEL, default="auto", parse=families.tool_parser, metavar="NAME",
+           help="how the model writes tool calls: auto (as its chat template says), none, or one of "
+                + ", ".join(families.FAMILIES)),
+    Option(name="reasoning-parser", group=MODEL, default="auto", parse=families.reasoning_parser, metavar="NAME",
+           help="how the model marks its reasoning: auto (as its chat template says), none, or one of "
+                + ", ".join(families.REASONINGS)),
     Option(name="trust-request-chat-template", group=MODEL, flag=True, default=False,
            help="requests may bring a chat template of their own"),
     Option(name="generation-config", group=MODEL, default="auto", metavar="auto|vllm|DIR",

@@ -70,6 +70,10 @@ class DetokSpec:
     skip_special: bool = True
     spaces_between_special: bool = True
     echo: bool = False                  # send the prompt's text (and its logprobs' texts) ahead of the first delta
+    tool_parser: str = ""               # of families.table.FAMILIES; "": calls are not looked for
+    reasoning_parser: str = ""          # of families.reasoning.REASONINGS; "": reasoning is not taken out
+    signatures: bytes = b""             # JSON: function -> parameter -> types, of the request's tools
+    max_calls: u32 = 0                  # the choice ends after so many calls; 0: no limit
 
     def __post_init__(self) -> None:
         if self.stop is None:

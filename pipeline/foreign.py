@@ -48,6 +48,8 @@ FOREIGN: tuple[Foreign, ...] = (
     _switch("enable-request-id-headers", "X-Request-Id is in every answer."),
     _switch("enable-prompt-tokens-details", "The field usage.prompt_tokens_details is in every answer."),
     _switch("enable-server-load-tracking", "The route /load always counts."),
+    _switch("enable-auto-tool-choice", "Tool calls are looked for whenever a request has tools; see --tool-call-parser."),
+    _switch("exclude-tools-when-tool-choice-none", "With tool_choice none the template sees no tools."),
     _switch("enable-chunked-prefill", "Prefill is always chunked; see --max-prefill-chunk."),
     _switch("async-scheduling", "Steps are always planned ahead on an accelerator."),
     _switch("log-error-stack", "Stacks of unexpected errors are always in the stages' log files."),
@@ -80,6 +82,8 @@ FOREIGN: tuple[Foreign, ...] = (
     _only("pipeline-parallel-size", "1", says="A model runs on one device: use --data-parallel-size for more throughput."),
     _only("distributed-executor-backend", "mp", "uni", says="Every engine is one process; see --data-parallel-size."),
     _only("cpu-offload-gb", "0", says="Weights are not offloaded: use --quantization int8 or a smaller model."),
+    _only("tool-strict-level", "auto", "function", says="A tool's arguments are constrained where it says strict: true, "
+          "and wherever a call is required."),
     # ---- refused
     _only("middleware", says="Python code is not loaded into the server: put a proxy in front of it."),
     _only("revision", says="Write the revision into the model: org/name@revision."),

@@ -20,6 +20,7 @@ KNOWN = """
     disable-access-log-for-endpoints h11-max-incomplete-event-size h11-max-header-count api-server-count
     enable-log-requests max-log-len enable-log-outputs disable-log-stats log-error-stack chat-template
     chat-template-content-format trust-request-chat-template default-chat-template-kwargs response-role
+    enable-auto-tool-choice tool-call-parser exclude-tools-when-tool-choice-none reasoning-parser tool-strict-level
     tool-parser-plugin tool-server reasoning-parser-plugin return-tokens-as-token-ids max-logprobs
     enable-prompt-tokens-details enable-force-include-usage enable-per-request-metrics enable-server-load-tracking
     enable-tokenizer-info-endpoint sse-keep-alive-interval fingerprint-mode fingerprint-value generation-config

@@ -14,6 +14,7 @@ from detok_proc.vocab import Vocab
 from pipeline.families.parts import append_span
 from pipeline.messages import Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
 
+REPEATED = "repetition_detected"        # the stop reason of Finish.REPETITION
 ENDS = (Finish.EOS, Finish.STOP_ID)     # the last id is what ended the text, not part of it
 
 
@@ -56,7 +57,7 @@ class Choice:
         if history:
             self._replay(history)
         elif spec.echo:
-            self._prompt_text = whole_text(vocab, left, skip_special=spec.skip_special)
+            self._prompt_text = whole_text(vocab, left, skip_special=spec.skip_special and not spec.echo_special)
         self.sent_have, self.sent_chars = self.have, self.chars
         if self.stopped:
             self._say(self._last_words(""))
@@ -103,7 +104,8 @@ class Choice:
             count = len(numbers)
             if finish:
                 text += self._last_words((self._stops.end() if self._stops is not None else "") + self._text.end())
-                self._stop = out.stop_id if finish == Finish.STOP_ID else None
+                self._stop = (out.stop_id if finish == Finish.STOP_ID
+                              else REPEATED if finish == Finish.REPETITION else None)
         self.have += count
         self.finish = finish
         self._ids.append(packed)

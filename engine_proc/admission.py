@@ -11,11 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine_proc.repetition import RepetitionWatch
 from engine_proc.request import Sequence
 from pipeline.errors import QuartetError, invalid
 from pipeline.ids import MAX_CHILDREN, child
 from pipeline.messages import Add, Finish, unpack_ids
-from pipeline.params import MAX_BIAS, MAX_N, MAX_STOP_IDS, SamplingParams
+from pipeline.params import (
+    MAX_BAD_WORDS,
+    MAX_BEAMS,
+    MAX_BIAS,
+    MAX_LOGPROB_CELLS,
+    MAX_LOGPROB_IDS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_PATTERN,
+    MAX_STOP_IDS,
+    SamplingParams,
+)
 
 TOMBSTONE_NS = 120 * 10**9
 
@@ -71,6 +83,7 @@ def check(add: Add, limits: Limits, num_waiting: int) -> None:
     _check_ids(add.history, limits.vocab_size, "prompt")
     _check_sampling(add.sampling, limits.vocab_size)
     num_prompt = len(add.ids) // 4
+    _check_prompt_logprobs(add.sampling.prompt_logprobs, num_prompt)
     if num_prompt + (add.sampling.max_tokens > 0) > limits.max_model_len:
         raise QuartetError(
             "context_length_exceeded", f"This model's maximum context length is {limits.max_model_len} tokens, but the "
@@ -81,6 +94,13 @@ def check(add: Add, limits: Limits, num_waiting: int) -> None:
             f"{limits.capacity} tokens.", "prompt")
     if not add.history and num_waiting >= limits.max_waiting:
         raise QuartetError("server_overloaded", "The server has more to do than it can queue; retry soon.")
+
+
+def _check_prompt_logprobs(k: int | None, num_prompt: int) -> None:
+    """What is too much for the pipeline. The frontend did the same for the output."""
+    if k is not None and k > MAX_LOGPROBS and k * num_prompt > MAX_LOGPROB_CELLS:
+        raise invalid(f"'prompt_logprobs' of {k} for a prompt of {num_prompt} tokens are more than "
+                      f"{MAX_LOGPROB_CELLS} log-probabilities.", "prompt_logprobs")
 
 
 def _check_ids(data: bytes, vocab_size: int, param: str) -> None:
@@ -106,10 +126,34 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         raise invalid(f"'logit_bias' must map at most {MAX_BIAS} token ids to numbers.", "logit_bias")
     if not np.isfinite(np.frombuffer(sampling.bias_values, "<f4")).all():
         raise invalid("The values of 'logit_bias' must be finite numbers.", "logit_bias")
+    _check_ids(sampling.allowed_ids, vocab_size, "allowed_token_ids")
+    _check_ids(sampling.logprob_ids, vocab_size, "logprob_token_ids")
+    if len(sampling.logprob_ids) > 4 * MAX_LOGPROB_IDS:
+        raise invalid(f"'logprob_token_ids' may have at most {MAX_LOGPROB_IDS} ids.", "logprob_token_ids")
+    if len(sampling.bad_ids) > MAX_BAD_WORDS:
+        raise invalid(f"'bad_words' may become at most {MAX_BAD_WORDS} sequences of ids.", "bad_words")
+    for word in sampling.bad_ids:
+        _check_ids(word, vocab_size, "bad_words")
+    _check_rules(sampling, vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         k = getattr(sampling, name)
         if k is not None and not 0 <= k <= vocab_size:
             raise invalid(f"'{name}' must be between 0 and the size of the vocabulary.", name)
+
+
+def _check_rules(sampling: SamplingParams, vocab_size: int) -> None:
+    """The optional parts of the sampling parameters."""
+    repetition, thinking, beam = sampling.repetition, sampling.thinking, sampling.beam
+    if repetition is not None and not (1 <= repetition.min_size <= repetition.max_size <= MAX_PATTERN
+                                       and repetition.min_count >= 2):
+        raise invalid(f"'repetition_detection' looks for patterns of 1 to {MAX_PATTERN} ids, twice at least.",
+                      "repetition_detection")
+    if thinking is not None:
+        if not (0 <= thinking.start_id < vocab_size and 0 <= thinking.end_id < vocab_size):
+            raise invalid("This model has no reasoning that a budget could bound.", "thinking_token_budget")
+    if beam is not None and not (1 <= beam.width <= MAX_BEAMS and math.isfinite(beam.length_penalty)
+                                 and beam.early in ("false", "true", "never")):
+        raise invalid(f"Beam search takes 1 to {MAX_BEAMS} beams and a finite 'length_penalty'.", "use_beam_search")
 
 
 def sequences(add: Add, children: Iterable[int], limits: Limits, arrival: int, now: int) -> list[Sequence]:
@@ -125,6 +169,10 @@ def sequences(add: Add, children: Iterable[int], limits: Limits, arrival: int, n
         seq.stops, seq.eos_id, seq.arrived_ns = stops, eos_id, now
         if made and not seq.unscored:             # prompt logprobs are of each choice's own computation
             seq.leader = made[0]
+        if sampling.repetition is not None:
+            seq.watch = RepetitionWatch(sampling.repetition)
+            for token in seq.tokens[seq.num_prompt:-1] if seq.num_history else ():
+                seq.watch.push(token)             # the verdict below takes the last one
         if seq.num_history:
             seq.finish = seq.verdict()            # its end may be all that was lost
         elif len(seq.tokens) >= seq.max_total and not seq.unscored:

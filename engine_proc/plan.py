@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from engine_proc.request import Sequence
 from pipeline.messages import Logprobs
 
@@ -40,6 +42,15 @@ class StepPlan:
         return sum(item.count for item in self.items)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What beam search may go on with after one hypothesis, best first: arrays of C each."""
+
+    ids: np.ndarray
+    scores: np.ndarray        # log-probabilities after penalties and bias; -inf: forbidden
+    values: np.ndarray        # log-probabilities of the unmodified logits
+
+
 @dataclass(slots=True, kw_only=True)
 class ItemResult:
     """What one plan item gave. `token` is None where nothing was sampled; `error` ends that request only."""
@@ -48,6 +59,7 @@ class ItemResult:
     logprobs: Logprobs | None = None          # of the sampled token
     prompt_logprobs: Logprobs | None = None   # of the prompt tokens start+1 .. start+count (those inside the prompt)
     error: str | None = None                  # a code of errors.CATALOGUE
+    candidates: Candidates | None = None      # in place of the token, where beam search goes on
 
 
 class Runner(Protocol):

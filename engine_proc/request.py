@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
+from engine_proc.repetition import RepetitionWatch
 from pipeline.errors import QuartetError
 from pipeline.messages import Add, Finish, Logprobs, Route
 from pipeline.params import DetokSpec, SamplingParams
@@ -52,6 +53,7 @@ class Sequence:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)   # of its prompt's chunks, until they are sent
     num_prompt_scored: int = 0               # leading positions whose logits gave prompt logprobs
     arrived_ns: int = 0
+    watch: RepetitionWatch | None = None     # of its output, where the request wants it to end when it repeats itself
     started_ns: int = 0                      # first scheduled
     first_token_ns: int = 0
 
@@ -76,11 +78,14 @@ class Sequence:
     def verdict(self) -> Finish:
         """How the newest output id ends it: end of sequence, stop id, length, or not at all."""
         token = self.tokens[-1]
+        repeats = self.watch is not None and self.watch.push(token)
         if token in self.stops and self.num_output > self.sampling.min_tokens:
             if token == self.eos_id:
                 return Finish.EOS
             self.stop_id = token
             return Finish.STOP_ID
+        if repeats and self.num_output > self.sampling.min_tokens:
+            return Finish.REPETITION
         return Finish.LENGTH if len(self.tokens) >= self.max_total else Finish.RUNNING
 
     @classmethod

@@ -16,7 +16,7 @@ from engine_proc.attention import PagedAttention
 from engine_proc.batch import BatchBuilder, StepBatch
 from engine_proc.decoder import ModelBatch
 from engine_proc.device import Device, Fetch
-from engine_proc.plan import ItemResult, StepPlan
+from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
 from pipeline.config import EngineConfig
@@ -43,8 +43,8 @@ class Launched:
 
     plan: StepPlan
     batch: StepBatch
-    sampled: Fetch | None               # tokens, valid, and the four of Ranked where log-probabilities are wanted
-    ranked_rows: np.ndarray
+    sampled: Fetch | None               # tokens, valid, open, the four of Ranked and the three of Beams where wanted
+    result: sampler.Sampled | None
     scored: list[Fetch]                 # the four of Ranked, SCORED_ROWS rows each
 
 
@@ -58,6 +58,7 @@ class ModelRunner:
         self.vocab_size = model.vocab_size
         self.facts = facts
         self.model, self.cache, self.device = model, cache, device
+        self._mode = config.logprobs_mode
         self._argmax: sampler.Argmax | None = getattr(model, "argmax", None)
         self.slots = Slots(config.max_num_seqs, model.vocab_size, max_model_len + 1, device.torch_device)
         self._builder = BatchBuilder(device, config.block_size, config.max_step_tokens, config.max_num_seqs,
@@ -76,35 +77,28 @@ class ModelRunner:
             self.cache.copy_blocks(plan.copies)
         batch = self._builder.build(plan)
         hidden = self.model.forward(batch.model, self.cache)
-        sampled, ranked_rows = None, np.zeros(0, np.int64)
+        sampled: Fetch | None = None
+        result: sampler.Sampled | None = None
         count = len(batch.sampled)
         if count:
             rows = self.slots.gather(batch.slots, batch.position)
-            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax)
-            ranked_rows = result.ranked_rows
-            sampled = self.device.fetch([result.tokens, result.valid, *_tensors(result.ranked)])
+            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax, self._mode)
+            sampled = self.device.fetch([
+                result.tokens, result.valid, *([] if result.open is None else [result.open]), *_tensors(result.ranked),
+                *([] if result.beams is None else [result.beams.ids, result.beams.scores, result.beams.values])])
         scored = []
         k = max((plan.items[number].seq.sampling.prompt_logprobs or 0 for number, _, _ in batch.scored), default=0)
         for first in range(0, len(batch.targets), SCORED_ROWS):
             targets = self.device.tensor(batch.targets[first:first + SCORED_ROWS])
             logits = self.model.logits(hidden[count + first:count + first + len(targets)])
             scored.append(self.device.fetch(_tensors(sampler.rank(logits, targets, k))))
-        return Launched(plan, batch, sampled, ranked_rows, scored)
+        return Launched(plan, batch, sampled, result, scored)
 
     def collect(self, handle: object) -> list[ItemResult]:
         assert isinstance(handle, Launched)
         batch, results = handle.batch, [ItemResult() for _ in handle.plan.items]
         if handle.sampled is not None:
-            tokens, valid, *ranked = handle.sampled.wait()
-            for number, token, fine in zip(batch.sampled, tokens.tolist(), valid.tolist()):
-                if fine:
-                    results[number].token = token
-                else:
-                    results[number].error = "numerical_error"
-            for i, row in enumerate(handle.ranked_rows.tolist()):
-                result, seq = results[batch.sampled[row]], handle.plan.items[batch.sampled[row]].seq
-                if result.error is None:
-                    result.logprobs = _record(ranked, i, i + 1, seq.sampling.logprobs or 0)
+            self._take_sampled(handle, results)
         if batch.scored:
             ranked = [np.concatenate(parts) for parts in zip(*(fetch.wait() for fetch in handle.scored))]
             for number, first, end in batch.scored:
@@ -115,15 +109,46 @@ class ModelRunner:
                     result.prompt_logprobs = _record(ranked, first, end, seq.sampling.prompt_logprobs or 0)
         return results
 
+    def _take_sampled(self, handle: Launched, results: list[ItemResult]) -> None:
+        """Tokens, log-probabilities and candidates of the sampled rows."""
+        assert handle.sampled is not None and handle.result is not None
+        items, result = [handle.plan.items[number] for number in handle.batch.sampled], handle.result
+        mine = [results[number] for number in handle.batch.sampled]
+        tokens, valid, *rest = handle.sampled.wait()
+        is_open = np.ones(len(mine), bool) if result.open is None else rest.pop(0)
+        for each, token, fine, some in zip(mine, tokens.tolist(), valid.tolist(), is_open.tolist()):
+            if fine and some:
+                each.token = token
+            else:
+                each.error = "no_token_left" if fine else "numerical_error"
+        if result.ranked is not None:
+            ranked, width = rest[:4], result.ranked.num_extra
+            for i, row in enumerate(result.ranked_rows.tolist()):
+                if mine[row].error is None:
+                    sampling = items[row].seq.sampling
+                    mine[row].logprobs = _record(ranked, i, i + 1, sampling.logprobs or 0,
+                                                 len(sampling.logprob_ids) // 4, width)
+        if result.beams is not None:
+            found = rest[-3:]
+            searched = [row for row, item in enumerate(items) if item.seq.sampling.beam is not None]
+            for i, row in enumerate(searched):
+                if mine[row].error is None:
+                    mine[row].candidates = Candidates(*(part[i] for part in found))
+
 
 def _tensors(ranked: sampler.Ranked | None) -> list[torch.Tensor]:
     return [] if ranked is None else [ranked.values, ranked.ranks, ranked.top_ids, ranked.top_values]
 
 
-def _record(ranked: list[np.ndarray], first: int, end: int, k: int) -> Logprobs:
-    """Rows first .. end - 1 as a wire record with k alternatives each."""
+def _record(ranked: list[np.ndarray], first: int, end: int, k: int, extra: int = 0, width: int = 0) -> Logprobs:
+    """Rows first .. end - 1 as a wire record: k alternatives each, and the first `extra` of the last `width` columns."""
     values, ranks, top_ids, top_values = (part[first:end] for part in ranked)
-    k = min(k, top_ids.shape[1])
+    best = top_ids.shape[1] - width
+    k = min(k, best)
+    if extra:
+        top_ids, top_values = (np.concatenate([part[:, :k], part[:, best:best + extra]], axis=1)
+                               for part in (top_ids, top_values))
+        k += extra
     return Logprobs(
         k=k, values=values.astype(np.float32).tobytes(), ranks=ranks.astype(np.uint32).tobytes(),
         top_ids=top_ids[:, :k].astype(np.uint32).tobytes(), top_values=top_values[:, :k].astype(np.float32).tobytes())

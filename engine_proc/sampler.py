@@ -1,7 +1,8 @@
 """Turns rows of logits into tokens and log-probabilities: batched tensor code, no loop over requests.
 
-Order: penalties, logit bias, ban of end tokens (min_tokens), temperature, top_k, top_p, min_p. Log-probabilities are
-those of the unmodified logits. A row's token depends on its own logits, parameters and random number only, never on
+Order: penalties, logit bias, bans (allowed ids, bad words, end tokens before min_tokens), temperature, top_k, top_p,
+min_p; a thinking budget that is used up replaces what was drawn. Log-probabilities are those of the unmodified logits
+unless `mode` says otherwise. A row's token depends on its own logits, parameters and random number only, never on
 its neighbours: random numbers are a hash of (seed, choice, position), and every row is drawn by inverting its own CDF
 in vocabulary order, whichever filters its neighbours use. Engine process.
 """
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine_proc.bans import ban_words
 from engine_proc.filters import cuts
 from engine_proc.slots import Rows, Slots
 
+MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")     # --logprobs-mode
 FEW = 8                     # best tokens among which a sampled one is expected
 BLOCK = 256                 # tokens that are looked at together before single ones are
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -23,12 +26,23 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(slots=True)
 class Ranked:
-    """Log-probabilities of n tokens and the k best alternatives of each. On the model's device until fetched."""
+    """Log-probabilities of n tokens and the k best alternatives of each, the last `num_extra` of which are those that
+    were asked for by id. On the model's device until fetched."""
 
     values: torch.Tensor        # float32 [n]
     ranks: torch.Tensor         # int64 [n]; 1: the best
     top_ids: torch.Tensor       # int64 [n, k], best first
     top_values: torch.Tensor    # float32 [n, k]
+    num_extra: int = 0
+
+
+@dataclass(slots=True)
+class Beams:
+    """What beam search may go on with: the best tokens of b rows, C of each. On the model's device until fetched."""
+
+    ids: torch.Tensor           # int64 [b, C], best first
+    scores: torch.Tensor        # float32 [b, C]: log-probabilities after penalties and bias; -inf: forbidden
+    values: torch.Tensor        # float32 [b, C]: log-probabilities of the unmodified logits
 
 
 @dataclass(slots=True)
@@ -39,6 +53,8 @@ class Sampled:
     valid: torch.Tensor                 # bool [R]: the row's logits were finite
     ranked: Ranked | None               # of the rows that want log-probabilities, in their order
     ranked_rows: np.ndarray             # which rows those are
+    open: torch.Tensor | None = None    # bool [R]: some token was allowed; None: in every row
+    beams: Beams | None = None          # of the rows that beam search computes, in their order
 
 
 # float32 [R, V] -> tokens int64 [R], lowest of equals, and whether the row was finite, bool [R].
@@ -60,41 +76,84 @@ def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.n
     return ((state >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0 ** -53
 
 
-def sample(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: Argmax | None = None) -> Sampled:
+def sample(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: Argmax | None = None,
+           mode: str = MODES[0]) -> Sampled:
     """Sample one token per row of `logits`, float32 [R, V], which may be changed in place.
 
-    `argmax`: a faster one of the model's, for steps in which every row is plainly greedy.
+    `argmax`: a faster one of the model's, for steps in which every row is plainly greedy. `mode`: one of MODES.
     """
-    wanted = np.flatnonzero(rows.logprobs >= 0)
-    if argmax is not None and not (len(wanted) or rows.bias or rows.banned or (rows.temperature > 0).any()
-                                   or (rows.penalty >= 0).any()):
+    wanted, searched = np.flatnonzero(rows.logprobs >= 0), np.flatnonzero(rows.beam)
+    if argmax is not None and rows.plain:
         tokens, valid = argmax(logits)
         return Sampled(tokens, valid, None, wanted)
+    device = logits.device
     valid = torch.isfinite(logits.sum(dim=-1))
-    adjusted = adjust(logits, rows, slots, keep=len(wanted) > 0)
+    raw = logits
+    if len(searched):           # penalties and bias work on log-probabilities there, as in transformers
+        index = torch.from_numpy(searched).to(device)
+        raw, logits = logits, logits.clone()
+        logits[index] = torch.log_softmax(logits[index], dim=-1)
+    adjusted = adjust(logits, rows, slots, keep=len(wanted) > 0 and not len(searched) and mode.startswith("raw"))
     random = np.flatnonzero(rows.temperature > 0)
     if not len(random):
         tokens = adjusted.argmax(dim=-1)
     else:
         uniform = torch.from_numpy(uniforms(rows.seed[random], rows.choice[random], rows.position[random]))
         if len(random) == len(logits):
-            tokens = draw(adjusted, rows, random, uniform)
+            tokens = invert(weigh(adjusted, rows, random), uniform.to(device))
         else:
             tokens = adjusted.argmax(dim=-1)
-            index = torch.from_numpy(random).to(logits.device)
-            tokens[index] = draw(adjusted[index], rows, random, uniform)
-    slots.count(rows, tokens)
+            index = torch.from_numpy(random).to(device)
+            tokens[index] = invert(weigh(adjusted[index], rows, random), uniform.to(device))
+    allowed = adjusted.gather(1, tokens[:, None])[:, 0] > float("-inf") if rows.banning else None
+    bounded = np.flatnonzero(rows.thinking >= 0)
+    if len(bounded):
+        tokens = slots.thinking.apply(tokens, bounded, rows.thinking[bounded])
+    slots.note(rows, tokens)
     ranked = None
     if len(wanted):
-        index = torch.from_numpy(wanted).to(logits.device)
-        raw = logits if len(wanted) == len(logits) else logits[index]
-        ranked = rank(raw, tokens[index], int(rows.logprobs.max()))
-    return Sampled(tokens, valid, ranked, wanted)
+        index = torch.from_numpy(wanted).to(device)
+        shown = raw[index] if mode.startswith("raw") else processed(adjusted[index], rows, wanted)
+        ranked = rank(shown, tokens[index], int(rows.logprobs.max()), _extra(rows, wanted), mode.endswith("logprobs"))
+    return Sampled(tokens, valid, ranked, wanted, allowed, beams(raw, adjusted, rows, searched))
 
 
-def rank(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Ranked:
-    """Log-probabilities of `tokens`, int64 [n], under rows of unmodified logits, float32 [n, V], and the k best."""
-    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+def _extra(rows: Rows, wanted: np.ndarray) -> np.ndarray | None:
+    """The further ids of the rows `wanted`, int64 [n, m], filled up with 0; None without any."""
+    if not rows.extra:
+        return None
+    ids = np.zeros((len(wanted), max(len(ids) for _, ids in rows.extra)), np.int64)
+    for row, some in rows.extra:
+        ids[np.searchsorted(wanted, row), :len(some)] = some
+    return ids
+
+
+def beams(raw: torch.Tensor, adjusted: torch.Tensor, rows: Rows, searched: np.ndarray) -> Beams | None:
+    """Candidates of the rows `searched`: of each as many as the one that wants most."""
+    if not len(searched):
+        return None
+    index = torch.from_numpy(searched).to(raw.device)
+    scores, ids = largest(adjusted[index], int(rows.beam.max()))
+    return Beams(ids, scores, torch.log_softmax(raw[index], dim=-1).gather(1, ids))
+
+
+def processed(adjusted: torch.Tensor, rows: Rows, which: np.ndarray) -> torch.Tensor:
+    """Rows `which` as they are sampled from, float32 [n, V]: over the temperature, -inf where they are cut."""
+    out = adjusted.clone()
+    random = np.flatnonzero(rows.temperature[which] > 0)
+    if len(random):
+        index = torch.from_numpy(random).to(out.device)
+        some, numbers = out[index], which[random]
+        weights = weigh(some, rows, numbers)
+        some = some / torch.from_numpy(rows.temperature[numbers]).to(out.device).unsqueeze(1)
+        out[index] = some.masked_fill_(weights == 0, float("-inf"))
+    return out
+
+
+def rank(logits: torch.Tensor, tokens: torch.Tensor, k: int, extra: np.ndarray | None = None,
+         normalise: bool = True) -> Ranked:
+    """Log-probabilities of `tokens`, int64 [n], under rows of logits, float32 [n, V], of the k best, and of `extra`
+    ids of each row, int64 [n, m], which follow the k best. Not `normalise`: the logits themselves."""
     chosen = logits.gather(1, tokens[:, None])
     values, ids = largest(logits, min(max(k, FEW), logits.shape[1]))
     better = (values > chosen).sum(dim=-1)
@@ -102,8 +161,14 @@ def rank(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Ranked:
     if len(far):
         better[far] = (logits[far] > chosen[far]).sum(dim=-1)
     k = min(k, logits.shape[1])
-    return Ranked(values=(chosen - normaliser)[:, 0], ranks=better + 1, top_ids=ids[:, :k],
-                  top_values=values[:, :k] - normaliser)
+    ids, values = ids[:, :k], values[:, :k]
+    if extra is not None:
+        more = torch.from_numpy(extra).to(logits.device)
+        ids, values = torch.cat([ids, more], dim=1), torch.cat([values, logits.gather(1, more)], dim=1)
+    if normalise:               # rounding must not lift a log-probability above 0
+        normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+        chosen, values = (chosen - normaliser).clamp_(max=0.0), (values - normaliser).clamp_(max=0.0)
+    return Ranked(chosen[:, 0], better + 1, ids, values, 0 if extra is None else extra.shape[1])
 
 
 def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,9 +188,9 @@ def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.Tensor:
-    """Penalties, bias and banned ends. In place unless the unmodified logits have to be kept."""
+    """Penalties, bias and bans. In place unless the unmodified logits have to be kept."""
     penalised = np.flatnonzero(rows.penalty >= 0)
-    if not (len(penalised) or rows.bias or rows.banned):
+    if not (len(penalised) or rows.banning):
         return logits
     out = logits.clone() if keep else logits
     device = logits.device
@@ -135,7 +200,7 @@ def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.
         repetition, frequency, presence = (
             torch.from_numpy(values[penalised]).to(device).unsqueeze(1)
             for values in (rows.repetition, rows.frequency, rows.presence))
-        seen = slots.seen_tokens(rows.penalty[penalised])       # [p, L]: only these change
+        seen = slots.histories.whole(rows.history[penalised])   # [p, L]: only these change
         counts, some = slots.counts[table, seen], out[index, seen]
         repeated = torch.where(some > 0, some / repetition, some * repetition)
         # A token that was seen twice is written twice, with the same value.
@@ -150,11 +215,19 @@ def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.
         which = np.concatenate([np.full(len(ids), row) for row, ids in rows.banned])
         ids = np.concatenate([ids for _, ids in rows.banned])
         out[torch.from_numpy(which).to(device), torch.from_numpy(ids).to(device)] = float("-inf")
+    limited = np.flatnonzero(rows.allowed >= 0)
+    if len(limited):
+        slots.allowed.apply(out, limited, rows.allowed[limited])
+    if rows.words:
+        ban_words(out, rows.words, slots.histories)
     return out
 
 
-def draw(logits: torch.Tensor, rows: Rows, which: np.ndarray, uniform: torch.Tensor) -> torch.Tensor:
-    """One token per row of `logits` [n, V], whose parameters are rows `which` of `rows`; uniform: float64 [n]."""
+def weigh(logits: torch.Tensor, rows: Rows, which: np.ndarray) -> torch.Tensor:
+    """What each token weighs in the draw, float32 [n, V], the best 1, those that are cut 0.
+
+    The parameters of `logits` [n, V] are rows `which` of `rows`.
+    """
     device = logits.device
     weights = logits / torch.from_numpy(rows.temperature[which]).to(device).unsqueeze(1)
     weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()       # relative to the best token
@@ -167,7 +240,7 @@ def draw(logits: torch.Tensor, rows: Rows, which: np.ndarray, uniform: torch.Ten
         least[index] = torch.maximum(least[index], cuts(some, top_k[filtered], top_p[filtered]))
     if len(filtered) or (min_p > 0).any():
         weights.masked_fill_(weights < least, 0.0)
-    return invert(weights, uniform.to(device))
+    return weights
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

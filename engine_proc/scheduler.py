@@ -29,6 +29,8 @@ def order(seq: Sequence) -> tuple[int, int]:
 def item_error(code: str) -> QuartetError:
     if code == "numerical_error":
         return QuartetError(code, "The model gave no valid probabilities for this request.")
+    if code == "no_token_left":
+        return QuartetError(code, "What the request forbids leaves no token that could follow.")
     return QuartetError(code if code in CATALOGUE else "internal_error", "The engine could not compute this request.")
 
 

@@ -15,7 +15,7 @@ from pipeline.messages import Finish
 LATENCIES_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 STEP_TOKENS = (1, *(8 << i for i in range(12)))
 REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length",
-           Finish.ABORT: "abort", Finish.ERROR: "error"}
+           Finish.ABORT: "abort", Finish.ERROR: "error", Finish.REPETITION: "repetition"}
 DROPS = ("misrouted", "duplicate", "aborted", "detokenizer_gone", "frontend_gone", "unknown_abort", "unknown_stop")
 
 

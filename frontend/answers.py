@@ -15,11 +15,30 @@ from frontend.wire import finish_reason, prompt_ids, prompt_logprobs, usage_of
 
 def completion(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
     """A text_completion; `identity` holds id, created and system_fingerprint."""
-    updates = {u.index: u for u in request.take()}
     return {
         "id": identity["id"], "object": "text_completion", "created": identity["created"], "model": ask.model,
-        "choices": [_completion_choice(ask, updates[c.index], c.prompt) for c in request.choices],
+        "choices": [_completion_choice(ask, u, p) for u, p in _shown(ask, request)],
         "system_fingerprint": identity["system_fingerprint"], "usage": usage_of(request)}
+
+
+def shown_prompt_logprobs(ask: Ask, prompt: Prompt) -> list[dict[str, Any] | None] | None:
+    """The field `prompt_logprobs`; None where they never came."""
+    told = prompt_logprobs(prompt)
+    return told and logprobs.prompt_tokens(*told, ask.tokens_as_ids)
+
+
+def _shown(ask: Ask, request: Request) -> list[tuple[Update, Prompt]]:
+    """The choices of the answer with their prompts, numbered anew where only the likeliest are kept (best_of)."""
+    updates = {u.index: u for u in request.take()}
+    found = [(updates[c.index], c.prompt) for c in request.choices]
+    if not ask.keep:
+        return found
+    n, kept = request.spec.n, []
+    for first in range(0, len(found), n):
+        kept += sorted(found[first:first + n], key=lambda pair: -logprobs.mean(pair[0].logprobs))[:ask.keep]
+    for index, (update, _) in enumerate(kept):
+        update.index = index
+    return kept
 
 
 def _completion_choice(ask: Ask, update: Update, prompt: Prompt) -> dict[str, Any]:
@@ -32,7 +51,7 @@ def _completion_choice(ask: Ask, update: Update, prompt: Prompt) -> dict[str, An
             parts.append((update.logprobs, update.ids))
         choice["logprobs"] = logprobs.CompletionLogprobs(ask.tokens_as_ids).piece(parts)
     if ask.prompt_logprobs:
-        choice["prompt_logprobs"] = told and logprobs.prompt_tokens(*told, ask.tokens_as_ids)
+        choice["prompt_logprobs"] = shown_prompt_logprobs(ask, prompt)
     if ask.token_ids:
         choice["prompt_token_ids"], choice["token_ids"] = prompt_ids(prompt), list(update.ids)
     return choice
@@ -40,17 +59,17 @@ def _completion_choice(ask: Ask, update: Update, prompt: Prompt) -> dict[str, An
 
 def chat(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]:
     """A chat.completion."""
-    updates = {u.index: u for u in request.take()}
     prompt = request.spec.prompts[0]
     body = {
         "id": identity["id"], "object": "chat.completion", "created": identity["created"], "model": ask.model,
-        "choices": [_chat_choice(ask, updates[c.index]) for c in request.choices],
+        "choices": [_chat_choice(ask, u) for u, _ in _shown(ask, request)],
         "system_fingerprint": identity["system_fingerprint"], "usage": usage_of(request)}
     if ask.prompt_logprobs:
-        told = prompt_logprobs(prompt)
-        body["prompt_logprobs"] = told and logprobs.prompt_tokens(*told, ask.tokens_as_ids)
+        body["prompt_logprobs"] = shown_prompt_logprobs(ask, prompt)
     if ask.token_ids:
         body["prompt_token_ids"] = prompt_ids(prompt)
+    if ask.prompt_text:
+        body["prompt_text"] = prompt.echo
     return body
 
 

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from pipeline.errors import unsupported
-from pipeline.params import MAX_BIAS, MAX_N, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOPS
+from pipeline.params import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_BIAS,
+    MAX_LOGPROB_IDS,
+    MAX_N,
+    MAX_PATTERN,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+)
 
 MAX_PROMPTS = 1024                           # prompts of one request, and prompts x n
 MAX_JSON_DEPTH = 64
@@ -27,17 +37,16 @@ NO_EFFECT = ("user", "store", "metadata", "service_tier", "parallel_tool_calls",
 # Known and not supported: refused unless the value is null or one of those given here, which ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((
-        "allowed_token_ids", "audio", "chat_template_kwargs.chat_template", "chat_template_kwargs.tokenize",
+        "audio", "chat_template_kwargs.chat_template", "chat_template_kwargs.tokenize",
         "ec_transfer_params", "grammar", "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json",
         "guided_regex", "guided_whitespace_pattern", "json_schema", "kv_transfer_params", "media_io_kwargs",
-        "mm_processor_kwargs", "prompt_embeds", "regex", "repetition_detection", "structural_tag",
-        "structured_outputs", "suffix", "web_search_options"), ()),
-    "bad_words": ([],), "early_stopping": (False,), "function_call": ("none",), "functions": ([],),
-    "include_reasoning": (True,), "length_penalty": (1.0, 1), "logits_processors": ([],), "logprob_token_ids": ([],),
-    "modalities": (["text"],), "response_format": ({"type": "text"},), "return_prompt_text": (False,),
-    "routed_experts_prompt_start": (0,), "stream_interval": (1,), "thinking_token_budget": (-1,),
-    "tool_choice": ("none",), "tools": ([],), "truncation_side": ("left",), "use_beam_search": (False,),
-    "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
+        "mm_processor_kwargs", "prompt_embeds", "regex", "structural_tag",
+        "structured_outputs", "web_search_options"), ()),
+    "function_call": ("none",), "functions": ([],),
+    "include_reasoning": (True,), "logits_processors": ([],),
+    "modalities": (["text"],), "response_format": ({"type": "text"},),
+    "routed_experts_prompt_start": (0,), "thinking_token_budget": (-1,), "tool_choice": ("none",), "tools": ([],),
+    "use_beam_search": (False,), "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
 }
 
 
@@ -88,6 +97,23 @@ Stops = Annotated[list[StopString], BeforeValidator(_as_list, json_schema_input_
 IdString = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[dict[IdString, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIAS)]
 Truncate = Annotated[int, Field(ge=-1, lt=2**31, description="keep the last N prompt tokens; -1: what fits")]
+AllowedIds = Annotated[list[TokenId], Field(min_length=1, description="nothing else is sampled")]
+LogprobIds = Annotated[list[TokenId], Field(max_length=MAX_LOGPROB_IDS)]
+Logprobs = Annotated[int, Field(ge=-1, lt=2**31, description="-1: the whole vocabulary, where the server allows it")]
+BadWord = Annotated[str, StringConstraints(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+BadWords = Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)]
+LengthPenalty = Annotated[float, Field(ge=-100, le=100, description="of beam search")]
+EarlyStopping = Annotated[bool | Literal["never"], Field(description="of beam search")]
+ThinkingBudget = Annotated[int, Field(ge=-1, lt=2**32, description="-1: no bound")]
+StreamInterval = Annotated[int, Field(ge=1, le=2**20, description="tokens of one streamed chunk")]
 Priority = Annotated[int, Field(ge=-2**63, lt=2**63)]
 CacheSalt = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 RequestId = Annotated[str, StringConstraints(pattern=REQUEST_ID)]
+
+
+class Repetition(Body):
+    """When a choice counts as repeating itself, and ends."""
+
+    max_pattern_size: Annotated[int, Field(ge=0, le=MAX_PATTERN, description="0: off")]
+    min_pattern_size: Annotated[int, Field(ge=0, le=MAX_PATTERN, description="0: 1")] = 0
+    min_count: Annotated[int, Field(ge=2, le=2**20)]

@@ -4,6 +4,7 @@ JSON never holds NaN or an infinity: what is unlikely beyond measure is -9999.0.
 """
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,13 @@ def _floats(data: bytes) -> array[float]:
 
 
 def _finite(value: float) -> float:
-    return min(value, 0.0) if value > FLOOR else FLOOR
+    return value if value > FLOOR else FLOOR
+
+
+def mean(found: Logprobs | None) -> float:
+    """The mean log-probability of an output's tokens; of nothing, minus infinity."""
+    values = _floats(found.values) if found is not None else array("f")
+    return sum(values) / len(values) if values else -math.inf
 
 
 def _name(token: bytes, number: int, as_id: bool) -> str:
@@ -28,13 +35,15 @@ def _name(token: bytes, number: int, as_id: bool) -> str:
 
 
 def chat_content(found: Logprobs, ids: Sequence[int], as_ids: bool) -> list[dict[str, Any]]:
-    """``choices[].logprobs.content``: one entry per token of `ids`, each with its k best."""
+    """``choices[].logprobs.content``: one entry per token of `ids`, each with its k best and, once each, what was
+    asked for by id."""
     k, top_ids = found.k, unpack_ids(found.top_ids)
     values, top_values = _floats(found.values), _floats(found.top_values)
     content = []
     for i, number in enumerate(ids):
+        places = {top_ids[j]: j for j in reversed(range(i * k, (i + 1) * k))}
         top = [{"token": _name(found.top_tokens[j], top_ids[j], as_ids), "logprob": _finite(top_values[j]),
-                "bytes": list(found.top_tokens[j])} for j in range(i * k, (i + 1) * k)]
+                "bytes": list(found.top_tokens[j])} for j in sorted(places.values())]
         content.append({"token": _name(found.tokens[i], number, as_ids), "logprob": _finite(values[i]),
                         "bytes": list(found.tokens[i]), "top_logprobs": top})
     return content

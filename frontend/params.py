@@ -17,7 +17,15 @@ from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part,
 from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import QuartetError, invalid
 from pipeline.messages import Chat, pack_ids
-from pipeline.params import DetokSpec, SamplingParams
+from pipeline.params import (
+    MAX_BEAMS,
+    MAX_LOGPROB_CELLS,
+    MAX_LOGPROBS,
+    Beam,
+    DetokSpec,
+    Repetition,
+    SamplingParams,
+)
 
 COMPLETION_MAX_TOKENS = 16
 U64 = 2**64 - 1
@@ -32,6 +40,8 @@ class Ask:
     max_tokens: int | None                   # None: the rest of the context
     logprobs: int | None = None              # show this many alternatives; None: no log-probabilities
     prompt_logprobs: bool = False            # show them as a field of their own
+    prompt_text: bool = False                # show the rendered prompt
+    keep: int = 0                            # show so many of each prompt's choices, the likeliest; 0: all
     echo: str = ""                           # chat: what the answer continues
     include_usage: bool = False
     continuous_usage: bool = False
@@ -65,14 +75,27 @@ def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
     asked = body.max_tokens if body.max_tokens is not None else _default(model, "max_new_tokens", COMPLETION_MAX_TOKENS)
     max_tokens = min(int(asked), model.max_model_len) if body.max_tokens is None else body.max_tokens
     echo = bool(body.echo)
+    logprobs = _num_logprobs(body.logprobs, "logprobs", config, model)
     if max_tokens == 0 and not echo:
         raise invalid("'max_tokens' must be at least 1, or 0 together with 'echo'.", "max_tokens")
     prompts = [Prompt(text=p) if isinstance(p, str) else Prompt(ids=_prompt_ids(p, model)) for p in body.prompt]
-    spec = _spec(body, config, model, number, prompts, max_tokens, body.logprobs, True, now_ns)
+    if body.suffix is not None:
+        _add_suffix(body, prompts)
+    spec = _spec(body, config, model, number, prompts, max_tokens, logprobs, True, now_ns)
     spec.detok.echo = echo
-    if echo and body.logprobs is not None and body.prompt_logprobs is None:
-        spec.sampling.prompt_logprobs, spec.want_prompt_ids = body.logprobs, True
-    return _ask(body, spec, config, model, max_tokens, body.logprobs)
+    if echo and logprobs is not None and body.prompt_logprobs is None:
+        spec.sampling.prompt_logprobs, spec.want_prompt_ids = logprobs, True
+    return _ask(body, spec, config, model, max_tokens, logprobs)
+
+
+def _add_suffix(body: CompletionBody, prompts: list[Prompt]) -> None:
+    for name, given in (("echo", body.echo), ("truncate_prompt_tokens", body.truncate_prompt_tokens is not None)):
+        if given:
+            raise invalid(f"'suffix' cannot be used together with '{name}'.", "suffix")
+    for prompt in prompts:
+        if prompt.text is None:
+            raise invalid("'suffix' needs a prompt that is a text.", "suffix")
+        prompt.suffix = body.suffix
 
 
 def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int) -> Ask:
@@ -89,10 +112,13 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
         max_tokens = None if default is None else min(int(default), model.max_model_len)
     if body.top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    top = _num_logprobs(body.top_logprobs, "top_logprobs", config, model) or 0
+    logprobs = top if body.logprobs else None
     prompt = Prompt(chat=template_input(body, raw, config))
     spec = _spec(body, config, model, number, [prompt], max_tokens, logprobs, False, now_ns)
     ask = _ask(body, spec, config, model, max_tokens, logprobs)
+    if body.return_prompt_text:
+        ask.prompt_text = spec.detok.echo = spec.detok.echo_special = True
     last = body.messages[-1]
     ask.role = config.http.response_role if body.add_generation_prompt is not False else last.role
     if body.echo and last.role == ask.role:
@@ -152,15 +178,27 @@ def _text_of(message: Message) -> str:
 
 def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int, prompts: list[Prompt],
           max_tokens: int | None, logprobs: int | None, add_special: bool, now_ns: int) -> Spec:
-    n = body.n or 1
+    n, best_of = body.n or 1, body.best_of or body.n or 1
+    if best_of < n:
+        raise invalid(f"'best_of' must be at least 'n' ({n}).", "best_of")
+    if best_of > n and body.stream:
+        raise invalid("'best_of' above 'n' cannot be streamed.", "best_of")
+    if body.use_beam_search:
+        _check_beams(body)
+    else:
+        n = best_of
     if len(prompts) * n > MAX_PROMPTS:
         raise invalid(f"The number of prompts times 'n' may not exceed {MAX_PROMPTS}.", "n")
-    if body.best_of is not None and body.best_of != n:
-        raise QuartetError("unsupported_parameter", "The parameter 'best_of' is only supported with the value of 'n'.",
-                           "best_of")
     if body.stream_options is not None and not body.stream:
         raise invalid("'stream_options' needs 'stream' to be true.", "stream_options")
-    _check_logprobs(body, config, logprobs)
+    if body.prompt_logprobs and body.stream:
+        raise invalid("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+    if body.logprob_token_ids and logprobs is None:
+        raise invalid("'logprob_token_ids' needs 'logprobs'.", "logprob_token_ids")
+    cells = (logprobs or 0) * len(prompts) * n * (model.max_model_len if max_tokens is None else max_tokens)
+    if (logprobs or 0) > MAX_LOGPROBS and cells > MAX_LOGPROB_CELLS:
+        raise invalid(f"So many log-probabilities for so many tokens are {cells}, more than {MAX_LOGPROB_CELLS}; "
+                      "lower 'max_tokens'.", "top_logprobs" if isinstance(body, ChatBody) else "logprobs")
     if body.priority and model.engine.scheduling_policy != "priority":
         raise QuartetError("unsupported_parameter", "The parameter 'priority' needs a server that was started with "
                                                     "--scheduling-policy priority.", "priority")
@@ -175,18 +213,41 @@ def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int,
     return Spec(
         model=number, prompts=prompts, n=n, sampling=_sampling(body, config, model, max_tokens, logprobs), detok=detok,
         add_special=add_special if body.add_special_tokens is None else body.add_special_tokens,
-        truncate=body.truncate_prompt_tokens, deadline_ns=now_ns + int(config.http.request_timeout_s * 1e9),
+        truncate=body.truncate_prompt_tokens, truncate_right=body.truncation_side == "right",
+        stream_interval=max(body.stream_interval or 1, config.http.stream_interval),
+        deadline_ns=now_ns + int(config.http.request_timeout_s * 1e9),
         priority=body.priority or 0, salt=(body.cache_salt or "").encode(), stream=bool(body.stream),
         want_prompt_ids=bool(body.return_token_ids) or body.prompt_logprobs is not None)
 
 
-def _check_logprobs(body: Sampling, config: ServerConfig, logprobs: int | None) -> None:
-    name = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
-    for value, param in ((logprobs, name), (body.prompt_logprobs, "prompt_logprobs")):
-        if value is not None and value > config.http.max_logprobs:
-            raise invalid(f"'{param}' may be at most {config.http.max_logprobs}.", param)
-    if body.prompt_logprobs is not None and body.stream:
-        raise invalid("'prompt_logprobs' cannot be streamed.", "prompt_logprobs")
+def _num_logprobs(value: int | None, param: str, config: ServerConfig, model: ModelConfig) -> int | None:
+    """A number of log-probabilities within the server's limit; -1 is the vocabulary."""
+    limit = config.http.max_logprobs
+    if value == -1 or limit == -1:
+        if not model.vocab_size:
+            raise invalid(f"'{param}' cannot be -1: the size of this model's vocabulary is not known.", param)
+        value, limit = (model.vocab_size if value == -1 else value), (model.vocab_size if limit == -1 else limit)
+    if value is not None and value > limit:
+        raise invalid(f"'{param}' may be at most {limit}.", param)
+    return value
+
+
+def _check_beams(body: Sampling) -> None:
+    """Beam search looks for the likeliest text: what shapes a random draw, or needs text as it comes, is refused."""
+    if body.stream:
+        raise invalid("'use_beam_search' cannot be streamed.", "use_beam_search")
+    width = body.best_of or body.n or 1
+    if width > MAX_BEAMS:
+        raise invalid(f"'use_beam_search' takes at most {MAX_BEAMS} beams.", "n" if body.best_of is None else "best_of")
+    for name, neutral in (("temperature", (0, 1)), ("top_p", (1,)), ("top_k", (0,)), ("min_p", (0,))):
+        value = getattr(body, name)
+        if value is not None and value not in neutral:
+            raise QuartetError("unsupported_parameter", f"The parameter '{name}' has no meaning for 'use_beam_search'.",
+                               name)
+    for name in ("repetition_detection", "logprob_token_ids", "thinking_token_budget"):
+        if getattr(body, name) not in (None, [], -1):
+            raise QuartetError("unsupported_parameter", f"The parameter '{name}' is not supported together with "
+                               "'use_beam_search'.", name)
 
 
 def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_tokens: int | None,
@@ -197,9 +258,15 @@ def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_toke
     budget = limit if max_tokens is None else max_tokens
     if (body.min_tokens or 0) > budget:
         raise invalid(f"'min_tokens' may not exceed 'max_tokens' ({budget}).", "min_tokens")
+    if not body.use_beam_search:
+        for name in ("length_penalty", "early_stopping"):
+            if getattr(body, name) not in (None, 1.0 if name == "length_penalty" else False):
+                raise invalid(f"'{name}' needs 'use_beam_search' to be true.", name)
     bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
     _check_ids(list(bias), model, "logit_bias")
-    _check_ids(body.stop_token_ids or [], model, "stop_token_ids")
+    for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        _check_ids(getattr(body, name) or [], model, name)
+    extra = list(dict.fromkeys(body.logprob_token_ids or ()))
     return SamplingParams(
         temperature=_real(body.temperature, model, "temperature", 1.0), top_p=_real(body.top_p, model, "top_p", 1.0),
         top_k=max(0, int(_real(body.top_k, model, "top_k", 0))), min_p=_real(body.min_p, model, "min_p", 0.0),
@@ -208,7 +275,27 @@ def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_toke
         frequency_penalty=_real(body.frequency_penalty, model, "frequency_penalty", 0.0),
         repetition_penalty=_real(body.repetition_penalty, model, "repetition_penalty", 1.0),
         ignore_eos=bool(body.ignore_eos), stop_ids=pack_ids(body.stop_token_ids or ()), bias_ids=pack_ids(bias),
-        bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs, prompt_logprobs=body.prompt_logprobs)
+        bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs,
+        prompt_logprobs=_num_logprobs(body.prompt_logprobs, "prompt_logprobs", config, model),
+        allowed_ids=pack_ids(dict.fromkeys(body.allowed_token_ids or ())), bad_words=list(body.bad_words or ()),
+        logprob_ids=pack_ids(extra), repetition=_repetition(body), beam=_beam(body))
+
+
+def _repetition(body: Sampling) -> Repetition | None:
+    rule = body.repetition_detection
+    if rule is None or not rule.max_pattern_size:
+        return None
+    if rule.min_pattern_size > rule.max_pattern_size:
+        raise invalid("'min_pattern_size' may not exceed 'max_pattern_size'.", "repetition_detection.min_pattern_size")
+    return Repetition(rule.max_pattern_size, max(1, rule.min_pattern_size), rule.min_count)
+
+
+def _beam(body: Sampling) -> Beam | None:
+    if not body.use_beam_search:
+        return None
+    return Beam(width=body.best_of or body.n or 1,
+                length_penalty=1.0 if body.length_penalty is None else body.length_penalty,
+                early="never" if body.early_stopping == "never" else "true" if body.early_stopping else "false")
 
 
 def _ask(body: Sampling, spec: Spec, config: ServerConfig, model: ModelConfig, max_tokens: int | None,
@@ -219,8 +306,12 @@ def _ask(body: Sampling, spec: Spec, config: ServerConfig, model: ModelConfig, m
     continuous = bool(options and options.continuous_usage_stats)
     if continuous and not usage:
         raise invalid("'continuous_usage_stats' needs 'include_usage' to be true.", "stream_options")
+    n, best_of = body.n or 1, body.best_of or body.n or 1
+    keep = 0
+    if best_of > n and not body.use_beam_search:
+        keep, spec.sampling.logprobs = n, spec.sampling.logprobs or 0
     return Ask(
-        spec=spec, model=model.names[0], max_tokens=max_tokens, logprobs=logprobs,
+        spec=spec, keep=keep, model=model.names[0], max_tokens=max_tokens, logprobs=logprobs,
         prompt_logprobs=body.prompt_logprobs is not None, include_usage=usage, continuous_usage=continuous,
         token_ids=bool(body.return_token_ids), tokens_as_ids=config.http.tokens_as_ids if as_ids is None else as_ids)
 

@@ -22,6 +22,7 @@ class Prompt:
     """One prompt. Once the engine has admitted it, it is its token ids and nothing else."""
 
     text: str | None = None
+    suffix: str | None = None                # what follows the answer: fill-in-the-middle
     chat: Chat | None = None
     ids: bytes = b""                         # uint32
     admitted: bool = False                   # `ids` are what the engine computes with
@@ -37,7 +38,7 @@ class Prompt:
     def num_bytes(self) -> int:
         """What a tokenizer has to do for it."""
         if self.text is not None:
-            return len(self.text)
+            return len(self.text) + len(self.suffix or "")
         return len(self.chat.messages_json) if self.chat is not None else len(self.ids)
 
     @property
@@ -62,6 +63,8 @@ class Spec:
     detok: DetokSpec
     add_special: bool = True
     truncate: int | None = None
+    truncate_right: bool = False
+    stream_interval: int = 1                 # tokens of a choice's update, its first and last ones excepted
     deadline_ns: int = 0
     priority: int = 0
     salt: bytes = b""
@@ -79,6 +82,7 @@ class Choice:
     buffer: Buffer
     rid: int = 0                             # the current child id
     ids: array[int] = field(default_factory=lambda: array("I"))
+    taken: int = 0                           # output ids that the reader has
     chars: int = 0                           # characters of text received
     deaths: int = 0                          # engines that died under it
     gaps: int = 0                            # times that output of it got lost on the way
@@ -131,7 +135,8 @@ class Submission:
             rid=self.family, route=route, model=spec.model, n=len(self.choices), choice=first.number,
             text=prompt.text, chat=prompt.chat, ids=prompt.ids, history=history.tobytes(),
             add_special=spec.add_special, truncate=None if prompt.admitted else spec.truncate, sampling=sampling,
-            detok=detok, deadline_ns=spec.deadline_ns, priority=spec.priority, salt=spec.salt, alone=self.alone)
+            detok=detok, deadline_ns=spec.deadline_ns, priority=spec.priority, salt=spec.salt, alone=self.alone,
+            truncate_right=spec.truncate_right, suffix=None if prompt.admitted else prompt.suffix)
 
 
 class Request:
@@ -175,7 +180,7 @@ class Request:
     def touched(self, choice: Choice) -> None:
         """`choice` has something for the reader."""
         self._dirty[choice.index] = choice
-        if self.done or self.spec.stream:
+        if self.done or (self.spec.stream and self._due(choice)):
             self._wake()
 
     def wake(self) -> None:
@@ -183,10 +188,16 @@ class Request:
 
     def take(self) -> list[Update]:
         """What has come since the last call, one update per choice, in the order of their first news."""
-        ready = [c for c in self._dirty.values() if self._presentable(c)]
+        ready = [c for c in self._dirty.values() if self._due(c) and self._presentable(c)]
         for choice in ready:
             del self._dirty[choice.index]
+            choice.taken = len(choice.ids)
         return [c.buffer.take(len(c.ids)) for c in ready]
+
+    def _due(self, choice: Choice) -> bool:
+        """Whether enough of it is there for an update."""
+        return (not choice.taken or choice.finished or self.done
+                or len(choice.ids) - choice.taken >= self.spec.stream_interval)
 
     def _presentable(self, choice: Choice) -> bool:
         """Whether everything about the prompt that belongs ahead of the first text is there."""

@@ -12,20 +12,29 @@ from pydantic_core import PydanticCustomError
 
 from frontend.fields import (
     MAX_PROMPTS,
+    AllowedIds,
+    BadWords,
     Bias,
     Body,
     CacheSalt,
+    EarlyStopping,
+    LengthPenalty,
+    LogprobIds,
+    Logprobs,
     MinP,
     N,
     NumTokens,
     Penalty,
     Priority,
+    Repetition,
     RepetitionPenalty,
     RequestId,
     Seed,
     StopIds,
     Stops,
+    StreamInterval,
     Temperature,
+    ThinkingBudget,
     TokenId,
     TopK,
     TopP,
@@ -74,7 +83,7 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: N | None = None
-    best_of: N | None = Field(None, description="only the value of n")
+    best_of: N | None = Field(None, description="choices that are computed; the n best of them are the answer")
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -90,24 +99,35 @@ class Sampling(Body):
     max_tokens: NumTokens | None = None
     min_tokens: NumTokens | None = None
     logit_bias: Bias | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    allowed_token_ids: AllowedIds | None = None
+    bad_words: BadWords | None = None
+    logprob_token_ids: LogprobIds | None = None
+    prompt_logprobs: Logprobs | None = None
+    repetition_detection: Repetition | None = None
+    thinking_token_budget: ThinkingBudget | None = None
+    use_beam_search: bool | None = None
+    length_penalty: LengthPenalty | None = None
+    early_stopping: EarlyStopping | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Truncate | None = None
+    truncation_side: Literal["left", "right"] | None = None
     echo: bool | None = None
     priority: Priority | None = None
     cache_salt: CacheSalt | None = None
     request_id: RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    stream_interval: StreamInterval | None = None
 
 
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
     prompt: Prompts
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    suffix: str | None = Field(None, description="only where the model fills in the middle")
+    logprobs: Logprobs | None = None
 
 
 class Part(Body):
@@ -145,7 +165,8 @@ class ChatBody(Templated, Sampling):
     """POST /v1/chat/completions."""
 
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Logprobs | None = None
+    return_prompt_text: bool | None = None
     max_completion_tokens: NumTokens | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from frontend import logprobs
+from frontend.answers import shown_prompt_logprobs
 from frontend.collector import Update
 from frontend.params import Ask
 from frontend.request import Choice, Request
@@ -95,7 +96,12 @@ class ChatStream(_Stream):
         return "".join(parts).encode()
 
     def _role(self, choice: Choice) -> str:
-        ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(choice.prompt))}' if self._ask.token_ids else ""
+        prompt = choice.prompt
+        ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(prompt))}' if self._ask.token_ids else ""
+        if self._ask.prompt_text:
+            ids += f',"prompt_text":{dump_ascii(prompt.echo)}'
+        if self._ask.prompt_logprobs:
+            ids += f',"prompt_logprobs":{dump_ascii(shown_prompt_logprobs(self._ask, prompt))}'
         return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"role":{self._role_name},"content":""}},'
                 f'"logprobs":null,"finish_reason":null}}]{ids}{self._tail(choice)}')
 
@@ -152,6 +158,8 @@ class CompletionStream(_Stream):
             ids = f',"token_ids":{dump_ascii(list(update.ids))}'
             if first:
                 ids = f',"prompt_token_ids":{dump_ascii(prompt_ids(prompt))}' + ids
+        if ask.prompt_logprobs and first:
+            ids += f',"prompt_logprobs":{dump_ascii(shown_prompt_logprobs(ask, prompt))}'
         reason = finish_reason(update.finish)
         return (f'{self._prefix},"choices":[{{"index":{choice.index},"text":{quote(text)},"logprobs":{found},'
                 f'"finish_reason":{dump_ascii(reason)},"stop_reason":{dump_ascii(update.stop)}{ids}}}]'

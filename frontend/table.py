@@ -307,7 +307,7 @@ class RequestTable:
         submission.admitted = True
         self._submissions.leave_tokenizer(submission)
         if not prompt.admitted:
-            prompt.text = prompt.chat = None
+            prompt.text = prompt.chat = prompt.suffix = None
             prompt.ids, prompt.admitted = item.ids, True
             prompt.prompt_tokens = prompt.prompt_tokens or len(item.ids) // 4
         for choice in submission.live:

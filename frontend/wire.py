@@ -18,7 +18,8 @@ from pipeline.messages import Finish, Logprobs, unpack_ids
 quote = json.encoder.encode_basestring_ascii
 
 _ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
-_REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length"}
+_REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length",
+            Finish.REPETITION: "repetition"}
 
 
 def dump(value: Any) -> bytes:

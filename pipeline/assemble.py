@@ -203,7 +203,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_step_tokens=settings["max_num_batched_tokens"], max_waiting=settings["max_num_queued_reqs"],
         max_prefill_chunk=min(settings["max_prefill_chunk"], settings["max_num_batched_tokens"]),
         enable_prefix_caching=settings["enable_prefix_caching"], scheduling_policy=settings["scheduling_policy"],
-        threads=settings["threads"], kernels=settings["enable_kernels"])
+        logprobs_mode=settings["logprobs_mode"], threads=settings["threads"], kernels=settings["enable_kernels"])
 
 
 def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_dir: Path, port: int,
@@ -219,6 +219,7 @@ def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_
             api_key_file=_absolute(settings["api_key_file"]),
             metrics_need_key=settings["metrics_need_key"], allowed_hosts=settings["allowed_hosts"],
             max_body_bytes=settings["max_request_bytes"], max_logprobs=settings["max_logprobs"],
+            stream_interval=settings["stream_interval"],
             enable_docs=not settings["disable_docs"], request_timeout_s=settings["request_timeout"],
             keep_alive_s=settings["keep_alive_interval"] or NEVER_S, slow_client_s=settings["slow_client_timeout"],
             root_path=settings["root_path"], max_header_bytes=settings["max_header_bytes"],

@@ -38,6 +38,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"          # fcfs | priority
     threads: int | None = None               # None: by core count
+    logprobs_mode: str = "raw_logprobs"      # raw_logprobs | processed_logprobs | raw_logits | processed_logits
     kernels: bool = True                     # our own CPU kernels, where a compiler is found
     null_script: str = ""                    # backend null: what it answers, see engine_proc.null
     null_step_s: float = 0.0                 # backend null: least duration of a step
@@ -108,7 +109,8 @@ class HttpConfig:
     metrics_need_key: bool = False
     allowed_hosts: tuple[str, ...] = ()      # further Host names accepted on loopback
     max_body_bytes: int = 32 * 2**20
-    max_logprobs: int = 20
+    max_logprobs: int = 20                   # -1: the vocabulary
+    stream_interval: int = 1                 # least tokens of one streamed chunk, the first and last excepted
     enable_docs: bool = True
     request_timeout_s: float = 3600.0        # deadline of a request
     keep_alive_s: float = 10.0               # comment lines in quiet streams; headers wait this long for a first token

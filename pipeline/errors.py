@@ -13,6 +13,7 @@ CATALOGUE: dict[str, tuple[int, str, bool]] = {
     "invalid_value": (400, "invalid_request_error", False),
     "unsupported_parameter": (400, "invalid_request_error", False),
     "context_length_exceeded": (400, "invalid_request_error", False),
+    "no_token_left": (400, "invalid_request_error", False),
     "invalid_api_key": (401, "invalid_request_error", False),
     "forbidden_host": (403, "invalid_request_error", False),
     "model_not_found": (404, "invalid_request_error", False),

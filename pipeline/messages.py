@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from pipeline.params import DetokSpec, Grammar, PoolParams, SamplingParams
+from pipeline.params import Beam, DetokSpec, Grammar, PoolParams, Repetition, SamplingParams, Thinking
 from pipeline.schema import i64, u8, u16, u32, u64
 
 PROTOCOL = 1
@@ -68,6 +68,7 @@ class Finish(IntEnum):
     LENGTH = 4
     ABORT = 5
     ERROR = 6
+    REPETITION = 7
 
 
 class AbortReason(IntEnum):
@@ -302,6 +303,8 @@ class Submit:
     priority: i64 = 0
     salt: bytes = b""
     alone: bool = False
+    truncate_right: bool = False        # cut the end of the prompt, not its beginning
+    suffix: str | None = None           # fill-in-the-middle: `text` is what comes before the answer, this what follows
 
 
 @dataclass(slots=True)
@@ -489,4 +492,5 @@ REGISTRY: dict[int, type] = {
 RECORDS: tuple[type, ...] = (
     Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,
     MetricFamily, SamplingParams, DetokSpec, Grammar, PoolParams, PoolText, PoolInput, PoolAdd, Span,
+    Thinking, Repetition, Beam,
 )

@@ -113,6 +113,8 @@ OPTIONS: tuple[Option, ...] = (
            help="deadline of a request, in seconds"),
     Option(name="keep-alive-interval", group=HTTP, default=10.0, parse=values.interval, metavar="S",
            aliases=("sse-keep-alive-interval",), help="seconds between comment lines in a quiet stream; 0: none"),
+    Option(name="stream-interval", group=HTTP, default=1, parse=integer(1, 2**20), metavar="N",
+           help="least tokens of one streamed chunk, the first and the last excepted"),
     Option(name="slow-client-timeout", group=HTTP, default=60.0, parse=seconds(1.0), metavar="S",
            help="a client that reads nothing for this long is dropped"),
 
@@ -173,6 +175,9 @@ OPTIONS: tuple[Option, ...] = (
            help="reuse the KV cache of equal beginnings"),
     Option(name="scheduling-policy", group=ENGINE, default="fcfs", choices=("fcfs", "priority"),
            help="order of waiting requests"),
+    Option(name="logprobs-mode", group=ENGINE, default="raw_logprobs",
+           choices=("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
+           help="what answers call log-probabilities: before or after penalties, temperature and cuts; or the logits"),
     Option(name="enable-kernels", group=ENGINE, flag=True, default=True,
            help="use our own CPU kernels where a C compiler is found"),
 
@@ -204,8 +209,8 @@ OPTIONS: tuple[Option, ...] = (
            metavar="N", help="size of one request body; more gets 413"),
     Option(name="max-num-queued-reqs", group=LIMITS, default=1024, parse=integer(1, 10**6), metavar="N",
            help="requests that wait in one engine"),
-    Option(name="max-logprobs", group=LIMITS, default=20, parse=integer(0, 20), metavar="N",
-           help="log-probabilities per token that a request may ask for"),
+    Option(name="max-logprobs", group=LIMITS, default=20, parse=integer(-1, 2**31 - 1), metavar="N",
+           help="log-probabilities per token that a request may ask for; -1: the whole vocabulary"),
 
     Option(name="log-level", group=LOGS, default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"),
            help="prompts are logged at DEBUG only"),

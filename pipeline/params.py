@@ -5,7 +5,7 @@ engine check again what only they can know (vocabulary size, context length).
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.schema import i64, u8, u32, u64
 
@@ -15,6 +15,12 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_BIAS = 1024
 MAX_STOP_IDS = 256
+MAX_BAD_WORDS = 128              # and id sequences that they become
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGPROB_IDS = 128
+MAX_PATTERN = 1024               # ids of a pattern that repetition_detection looks for
+MAX_BEAMS = 64
+MAX_LOGPROB_CELLS = 2**22        # log-probabilities of one answer, where more than MAX_LOGPROBS per token are asked for
 GREEDY_BELOW = 1e-5
 
 
@@ -26,6 +32,36 @@ class Grammar:
     text: str                           # the schema, pattern, JSON list of choices, grammar or tag description
     after: str = ""                     # the text that ends what comes before the constraint (a reasoning's end tag)
     after_ids: bytes = b""              # uint32: the same as ids, filled in by the tokenizer; empty: from the first id
+
+
+@dataclass(slots=True)
+class Thinking:
+    """A bound on the ids between a model's reasoning tags; then the end tag is forced."""
+
+    budget: u32                         # ids of reasoning
+    start: str                          # the tags' texts
+    end: str
+    implied: bool = False               # an answer begins inside, where the prompt has no tag
+    start_id: i64 = -1                  # the same as ids, filled in by the tokenizer
+    end_id: i64 = -1
+
+
+@dataclass(slots=True)
+class Repetition:
+    """A choice ends once a pattern of min_size to max_size ids stands min_count times in a row at its end."""
+
+    max_size: u32
+    min_size: u32
+    min_count: u32
+
+
+@dataclass(slots=True)
+class Beam:
+    """Beam search instead of sampling: choice j is the j-th best of the `width` hypotheses."""
+
+    width: u8
+    length_penalty: float = 1.0         # a hypothesis counts its log-probability divided by its length to this power
+    early: str = "false"                # when to stop, as in transformers' early_stopping: false | true | never
 
 
 @dataclass(slots=True)
@@ -49,6 +85,13 @@ class SamplingParams:
     logprobs: i64 | None = None         # None: off; k: the sampled token and the k best
     prompt_logprobs: i64 | None = None  # None: off; k: each prompt token and the k best
     grammar: Grammar | None = None
+    allowed_ids: bytes = b""            # uint32: nothing else is sampled; empty: everything may be
+    bad_words: list[str] = field(default_factory=list)
+    bad_ids: list[bytes] = field(default_factory=list)      # uint32 each: `bad_words`, filled in by the tokenizer
+    logprob_ids: bytes = b""            # uint32: with each token, besides the k best, the log-probabilities of these
+    repetition: Repetition | None = None
+    thinking: Thinking | None = None
+    beam: Beam | None = None
 
     @property
     def greedy(self) -> bool:
@@ -74,6 +117,7 @@ class DetokSpec:
     reasoning_parser: str = ""          # of families.reasoning.REASONINGS; "": reasoning is not taken out
     signatures: bytes = b""             # JSON: function -> parameter -> types, of the request's tools
     max_calls: u32 = 0                  # the choice ends after so many calls; 0: no limit
+    echo_special: bool = False          # with its special tokens, whatever `skip_special` says of the output
 
     def __post_init__(self) -> None:
         if self.stop is None:

@@ -47,7 +47,7 @@ class TextModel:
         self.max_output_chars = self.max_model_len * OUTPUT_CHARS
         self.named_tokens = dict(files.named)
         self.guard = Guard([token for token, number in vocab.items() if number in special])
-        self._before, self._after = self._specials(files)
+        self.before, self._after = self._specials(files)
         self._sources = dict(files.templates)
         self._compiled: dict[str, ChatTemplate] = {}
         self.content_format = config.content_format
@@ -101,14 +101,15 @@ class TextModel:
             "context_length_exceeded", f"This model's maximum context length is {self.max_model_len} tokens. However, "
             f"your prompt has {amount % tokens}. Please reduce the length of the prompt.", "prompt")
 
-    def encode(self, pieces: Iterable[Piece], add_special: bool, *, keep: int | None = None,
+    def encode(self, pieces: Iterable[Piece], add_special: bool, *, keep: int | None = None, keep_first: bool = False,
                unlimited: bool = False) -> array[int]:
-        """Ids of a prompt; with `keep`, of as much of its end as gives that many, and perhaps more.
+        """Ids of a prompt; with `keep`, of as much of its end as gives that many, and perhaps more; with `keep_first`
+        of its beginning.
 
         context_length_exceeded as soon as the text is known to be too long, unless `unlimited`; invalid_value for what
         no tokenizer takes.
         """
-        ids = array("I", self._before if add_special else ())
+        ids = array("I", self.before if add_special else ())
         for text, plain in pieces:
             try:
                 text.encode()
@@ -120,7 +121,7 @@ class TextModel:
             elif unlimited:
                 ids.extend(self._encode(text))
             else:
-                ids.extend(self._whole(text) if keep is None else self._tail(text, keep))
+                ids.extend(self._whole(text) if keep is None else self._part(text, keep, keep_first))
         ids.extend(self._after if add_special else ())
         return ids
 
@@ -141,14 +142,15 @@ class TextModel:
             size *= 4
         return self._encode(text)
 
-    def _tail(self, text: str, keep: int) -> list[int]:
+    def _part(self, text: str, keep: int, first: bool) -> list[int]:
+        """`keep` ids and more of the end of a text, or of its beginning, without encoding all of a long one."""
         size = max(PARTIAL_CHARS, 8 * keep)
         while size < len(text) and size < self.max_prompt_chars:
-            ids = self._encode(text[-size:])
+            ids = self._encode(text[:size] if first else text[-size:])
             if len(ids) >= keep + RESYNC:
                 return ids
             size *= 4
-        return self._encode(text[-self.max_prompt_chars:])
+        return self._encode(text[:self.max_prompt_chars] if first else text[-self.max_prompt_chars:])
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)

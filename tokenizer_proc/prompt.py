@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from pipeline.errors import QuartetError
 from pipeline.messages import Chat, Submit, TokenizeQuery, unpack_ids
 from tokenizer_proc.chat import render
+from tokenizer_proc.fim import between
 from tokenizer_proc.guard import Piece
 from tokenizer_proc.load import TextModel
 
@@ -37,12 +38,15 @@ class PromptMaker:
             if submit.chat is None and submit.text is None:
                 ids = unpack_ids(submit.ids)
                 model.check_ids(ids, param)
+            elif submit.suffix is not None:
+                with self._encode_s.time():
+                    ids = between(model, submit.text or "", submit.suffix, submit.add_special)
             else:
                 pieces = self._pieces(model, submit.chat, submit.text, keep is not None)
                 with self._encode_s.time():
-                    ids = model.encode(pieces, submit.add_special, keep=keep)
+                    ids = model.encode(pieces, submit.add_special, keep=keep, keep_first=submit.truncate_right)
             if keep is not None and len(ids) > keep:
-                ids = ids[len(ids) - keep:]
+                ids = ids[:keep] if submit.truncate_right else ids[len(ids) - keep:]
             if len(ids) >= model.max_model_len:
                 raise model.too_long(len(ids))
         except QuartetError as error:

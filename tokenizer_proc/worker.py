@@ -42,6 +42,7 @@ from pipeline.transport import Address, Sender
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
 from tokenizer_proc.prompt import PromptMaker
+from tokenizer_proc.words import resolve
 
 MAX_PENDING = 4096
 MAX_PENDING_BYTES = 128 * 2**20
@@ -177,7 +178,10 @@ class TokenizerWorker:
                 raise QuartetError("timeout", "The request waited longer than its deadline allows.")
             if not (work.history and ids):    # a continuation was checked when it was new
                 ids = pack_ids(self._maker.prompt_ids(self._models.get(work.model), work))
-            add = Add(work.rid, work.route, work.n, work.choice, ids, work.history, work.sampling, work.detok,
+            sampling = work.sampling
+            if sampling.bad_words or sampling.thinking is not None:
+                sampling = resolve(self._models.get(work.model), sampling)
+            add = Add(work.rid, work.route, work.n, work.choice, ids, work.history, sampling, work.detok,
                       work.deadline_ns, work.priority, work.salt, work.alone)
             return Address(Kind.ENGINE, work.route.engine), Adds([add]), len(ids) + len(work.history) + 200
         model, to = self._models.get(work.model), Address(Kind.FRONTEND, frontend_index(work.rid))
@@ -261,7 +265,7 @@ def _size(work: Work) -> int:
     """About the bytes that `work` holds."""
     if isinstance(work, DetokenizeQuery):
         return 200 + len(work.ids)
-    size = 500 + len(work.text or "")
+    size = 500 + len(work.text or "") + (len(work.suffix or "") if isinstance(work, Submit) else 0)
     if work.chat is not None:
         chat = work.chat
         size += len(chat.messages_json) + len(chat.tools_json) + len(chat.kwargs_json) + len(chat.documents_json)

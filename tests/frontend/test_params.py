@@ -158,7 +158,14 @@ def test_missing_prompt_and_messages() -> None:
     ("truncate_prompt_tokens", [-1, 1, 256], [-2, 0, 257]),
     ("cache_salt", ["s"], ["", "x" * 129, 5]),
     ("request_id", ["a.b-c:d_1"], ["", "a b", "x" * 129, "a\n"]),
-    ("best_of", [1], [2, "1"]),
+    ("best_of", [1, 3, 128], [0, 129, "1"]),
+    ("allowed_token_ids", [[0], [999, 5]], [[], [1000], [-1], ["5"], 5]),
+    ("bad_words", [[], ["x"], ["y"] * 128], ["x", [""], ["x"] * 129, ["y" * 257], [5]]),
+    ("repetition_detection", [{"max_pattern_size": 0, "min_count": 2}, {"max_pattern_size": 1024, "min_count": 2}],
+     [{}, {"max_pattern_size": 3}, {"max_pattern_size": 3, "min_count": 1}, {"max_pattern_size": 1025, "min_count": 2},
+      {"max_pattern_size": 3, "min_pattern_size": 4, "min_count": 2}, 5]),
+    ("stream_interval", [1, 50], [0, "1"]),
+    ("truncation_side", ["left", "right"], ["middle", 1]),
     ("priority", [0], [1, "0", 2**63]),
     ("echo", [True, False], ["true", 1]),
     ("stream", [False], ["false", 0]),
@@ -281,7 +288,6 @@ def test_unsupported_fields_are_refused_by_name_unless_they_ask_for_nothing(name
 def test_unsupported_template_arguments() -> None:
     assert refused(chat, chat_template_kwargs={"chat_template": "x"}).param == "chat_template_kwargs.chat_template"
     assert refused(chat, response_format={"type": "json_object"}).param == "response_format"
-    assert refused(chat, use_beam_search=True).param == "use_beam_search"
     assert refused(chat, tool_choice="auto").param == "tool_choice"
 
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from pipeline.params import Beam, DetokSpec, Grammar, PoolParams, Repetition, SamplingParams, Thinking
+from pipeline.params import Beam, DetokSpec, Grammar, PoolParams, Repetition, SamplingParams, SpeechParams, Thinking
 from pipeline.schema import i64, u8, u16, u32, u64
 
 PROTOCOL = 1
@@ -254,6 +254,40 @@ class PoolAdd:
 
 
 @dataclass(slots=True)
+class AudioWindow:
+    """A stretch of a recording, at most thirty seconds, cut where it is quiet."""
+
+    index: u32                          # among the recording's windows
+    last: bool                          # no window follows
+    start_s: float                      # in the recording
+    seconds: float                      # of sound; features may be padded
+    features: np.ndarray                # float32: what the model's encoder takes ([mels, frames], or [samples])
+
+
+@dataclass(slots=True)
+class SpeechWord:
+    start_s: float
+    end_s: float
+    text: str                           # with the space in front of it
+    probability: float
+
+
+@dataclass(slots=True)
+class SpeechSegment:
+    """What is said in a stretch of the recording; times from its beginning."""
+
+    start_s: float
+    end_s: float
+    text: str
+    ids: bytes                          # uint32, timestamps included where the model gives them
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+    no_speech_prob: float
+    words: list[SpeechWord] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Load:
     """An engine's load, as its beacon tells it."""
 
@@ -399,6 +433,61 @@ class Pooled:
 
 
 @dataclass(slots=True)
+class SubmitAudio:
+    """frontend -> tokenizer: a recording in a file of the run directory, which the frontend deletes in the end."""
+
+    rid: u64
+    route: Route                        # detok is not used
+    model: u8
+    path: str
+    params: SpeechParams
+    credit: u32                         # windows below this number may be handed to the engine
+    done: bytes                         # uint32: windows whose results are there already
+    deadline_ns: u64
+    priority: i64 = 0
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class AudioCredit:
+    """frontend -> tokenizer: results have come, windows below `credit` may be handed to the engine."""
+
+    rid: u64
+    tokenizer_epoch: u32
+    credit: u32
+
+
+@dataclass(slots=True)
+class SpeechAdd:
+    """tokenizer -> engine: one window of a recording. Windows of one recording share its rid."""
+
+    rid: u64
+    route: Route
+    params: SpeechParams
+    window: AudioWindow
+    done: bytes                         # as in SubmitAudio
+    deadline_ns: u64
+    priority: i64 = 0
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Transcribed:
+    """engine -> frontend: what is said in one window. Windows come in any order, each exactly once."""
+
+    engine: u16
+    engine_epoch: u32
+    rid: u64
+    index: u32
+    last: bool
+    start_s: float
+    seconds: float
+    language: str                       # spoken; empty where the model knows one language only
+    tokens: u32                         # decoded for it
+    segments: list[SpeechSegment]
+
+
+@dataclass(slots=True)
 class StepOut:
     """engine -> detokenizer, one per step and detokenizer: opens first, then tokens."""
 
@@ -488,9 +577,11 @@ REGISTRY: dict[int, type] = {
     1: Submit, 2: TokenizeQuery, 3: DetokenizeQuery, 4: TokenizeAnswer, 5: DetokenizeAnswer, 6: Abort, 7: StopHit,
     8: Adds, 9: StepOut, 10: Deltas, 11: Admitted, 12: Failed, 13: Census, 14: Beacon, 15: Tensor,
     16: Metrics, 30: SubmitPool, 31: PoolAdds, 32: Pooled,
+    40: SubmitAudio, 41: AudioCredit, 42: SpeechAdd, 43: Transcribed,
 }
 RECORDS: tuple[type, ...] = (
     Route, Chat, Usage, Logprobs, Add, Open, TokenOut, TextDelta, AdmittedItem, FailedItem, Load, MetricSample,
     MetricFamily, SamplingParams, DetokSpec, Grammar, PoolParams, PoolText, PoolInput, PoolAdd, Span,
     Thinking, Repetition, Beam,
+    SpeechParams, AudioWindow, SpeechWord, SpeechSegment,
 )

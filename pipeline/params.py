@@ -131,3 +131,17 @@ class PoolParams:
     task: str                           # embed | classify | score | token_embed | token_classify
     activation: bool | None = None      # normalise embeddings, squash scores; None: what the model's files say
     dimensions: u32 = 0                 # 0: all; else the first so many, normalised again
+
+
+@dataclass(slots=True)
+class SpeechParams:
+    """What a request asks of a speech model."""
+
+    task: str                           # transcribe | translate
+    language: str | None                # ISO code of what is spoken; None: the model tells
+    prompt: str                         # text that is taken to have been said before
+    hotwords: str                       # words that are likely to come
+    timestamps: bool                    # segments with times
+    words: bool                         # times of words, too
+    temperatures: list[float]           # tried in this order until an answer passes the thresholds
+    sampling: SamplingParams            # the rest of how tokens are chosen; max_tokens 0: what the decoder allows

@@ -41,7 +41,8 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
     variables: dict[str, Any] = {
         **model.template_defaults, **template_kwargs(chat.kwargs_json),
         "messages": normalise(chat.messages_json, wants_parts=template.wants_parts,
-                              knows_developer=template.mentions("developer")),
+                              knows_developer=template.mentions("developer"),
+                              wants_argument_text=template.wants_argument_text),
         "tools": tools or None, "documents": documents or None,
     }
     if not may_be_long:

@@ -59,12 +59,16 @@ def is_reserved(name: str) -> bool:
     return name in RESERVED or name.startswith("return_")
 
 
-def normalise(data: bytes, *, wants_parts: bool, knows_developer: bool) -> list[dict[str, Any]]:
-    """Messages with contents in the form that the template wants, and tool arguments as objects."""
+def normalise(data: bytes, *, wants_parts: bool, knows_developer: bool,
+              wants_argument_text: bool = False) -> list[dict[str, Any]]:
+    """Messages with contents in the form that the template wants, and tool arguments as objects, or as JSON text."""
     messages = parse(data, list, "messages")
     if not messages:
         raise wrong("'messages' is empty.")
     result = [_message(message, f"messages[{n}]", wants_parts, knows_developer) for n, message in enumerate(messages)]
+    if wants_argument_text:
+        for call in (call for message in result for call in message.get("tool_calls") or ()):
+            call["function"]["arguments"] = _as_text(call["function"]["arguments"])
     if not knows_developer and any(message["role"] == "developer" for message in messages):
         result = _one_system_message(result, wants_parts)
     return result
@@ -147,6 +151,10 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
             raise wrong(f"{where}[{n}].function must be an object with a name.")
         result.append({**call, "function": {**function, "arguments": _arguments(function.get("arguments"))}})
     return result
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _arguments(arguments: Any) -> Any:

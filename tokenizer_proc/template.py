@@ -6,13 +6,12 @@ is somebody else's program: whatever it does ends as a 400 for its own request.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import nodes
 from jinja2.exceptions import TemplateSyntaxError
 
 from pipeline.errors import QuartetError
+from tokenizer_proc.analysis import wants_argument_text, wants_parts
 from tokenizer_proc.dialect import TemplateRaised
 from tokenizer_proc.limits import DeadlinePassed, TooLarge, weigh, within
 from tokenizer_proc.sandbox import VALUE_LIMIT, BoundedEnvironment
@@ -31,10 +30,11 @@ def failed(message: str) -> QuartetError:
 class ChatTemplate:
     """`wants_parts`: message contents are lists of parts ("openai" format), not plain strings.
 
-    `detected`: the format that the template's text suggests, openai or string.
+    `detected`: the format that the template's text suggests, openai or string. `wants_argument_text`: arguments of tool
+    calls are JSON text, not objects.
     """
 
-    __slots__ = ("source", "detected", "wants_parts", "_environment", "_template", "_seconds")
+    __slots__ = ("source", "detected", "wants_parts", "wants_argument_text", "_environment", "_template", "_seconds")
 
     def __init__(self, source: str, seconds: float = RENDER_S, content_format: str = "auto") -> None:
         """QuartetError when the text is no template. `content_format`: string or openai, or auto to find out."""
@@ -46,6 +46,7 @@ class ChatTemplate:
             tree = self._environment.parse(source)
             self.detected = "openai" if wants_parts(tree) else "string"
             self.wants_parts = (self.detected if content_format == "auto" else content_format) == "openai"
+            self.wants_argument_text = wants_argument_text(tree)
             self._template = within(seconds, lambda: self._environment.from_string(source))
         except TemplateSyntaxError as error:
             raise failed(f"The chat template has a syntax error in line {error.lineno}.") from None
@@ -82,49 +83,3 @@ class ChatTemplate:
                 raise TooLarge
             parts.append(part)
         return "".join(parts)
-
-
-def wants_parts(tree: nodes.Template) -> bool:
-    """Whether a template loops over the content of a message, directly, through a variable or through a macro."""
-    names = _names_of_content(tree)
-    if any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For)):
-        return True
-    inside = {id(loop) for macro in tree.find_all(nodes.Macro) for loop in macro.find_all(nodes.For)}
-    return any(id(loop) not in inside and _is_content(loop.iter, {"content"}) for loop in tree.find_all(nodes.For))
-
-
-def _names_of_content(tree: nodes.Template) -> set[str]:
-    """Variables and macro parameters that hold a message's content."""
-    macros = {macro.name: [arg.name for arg in macro.args] for macro in tree.find_all(nodes.Macro)}
-    names: set[str] = set()
-    while True:
-        found = set(names)
-        for assign in tree.find_all(nodes.Assign):
-            if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
-                found.add(assign.target.name)
-        for call in tree.find_all(nodes.Call):
-            if isinstance(call.node, nodes.Name) and call.node.name in macros:
-                found.update(name for name, arg in _arguments(call, macros[call.node.name]) if _is_content(arg, names))
-        if found == names:
-            return names
-        names = found
-
-
-def _arguments(call: nodes.Call, parameters: list[str]) -> Iterator[tuple[str, nodes.Expr]]:
-    yield from zip(parameters, call.args)
-    yield from ((keyword.key, keyword.value) for keyword in call.kwargs)
-
-
-def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
-    """Whether an expression is a message's content, looked at through filters, tests and slices."""
-    while True:
-        if isinstance(node, (nodes.Filter, nodes.Test)):
-            node = node.node
-        elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-            node = node.node
-        elif isinstance(node, nodes.Getitem):
-            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-        elif isinstance(node, nodes.Getattr):
-            return bool(node.attr == "content")
-        else:
-            return isinstance(node, nodes.Name) and node.name in names

@@ -69,6 +69,23 @@ def test_a_requests_own_template_follows_the_operators_format(tmp_path: Path) ->
     assert "'type': 'text'" in text(served(tmp_path, content_format="openai"), request, trust_template=True)
 
 
+@pytest.mark.parametrize(("source", "as_text"), [
+    ("{{ m.tool_calls[0].function.arguments | tojson }}", False),
+    ("{{ '<' + m.function.arguments + '>' }}", True), ("{{ '<' ~ m['function']['arguments'] }}", True),
+    ("{{ m.arguments }}", True), ("{% set a = m.arguments %}{{ a + '>' }}", True),
+    ("{% set a = m.arguments | tojson %}{{ a + '>' }}", False),
+    ("{% if m.arguments is string %}{{ m.arguments }}{% else %}{{ m.arguments | tojson }}{% endif %}", False),
+    ("{% for k, v in m.arguments | items %}{{ k }}{% endfor %}", False)])
+def test_whether_arguments_are_text_is_found_in_the_template(source: str, as_text: bool) -> None:
+    assert ChatTemplate(source).wants_argument_text is as_text
+
+
+def test_arguments_reach_a_template_that_wants_text_as_json(tmp_path: Path) -> None:
+    m = model(tmp_path, "{% for c in messages[1].tool_calls %}{{ '<' + c.function.arguments + '>' }}{% endfor %}")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in ('{"é": 1}', {"b": 2}, "bad", None)]
+    assert text(m, chat(USER, {"role": "assistant", "tool_calls": calls})) == '<{"é": 1}><{"b": 2}><bad><{}>'
+
+
 # ---- variables ----
 
 def test_the_operators_variables_are_defaults_for_the_requests(tmp_path: Path) -> None:

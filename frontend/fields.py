@@ -6,7 +6,7 @@ expect. Run by the frontend; holds no state.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
@@ -54,9 +54,12 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return value is None or any(value == allowed and type(value) is type(allowed) for allowed in REFUSED[name])
 
 
-def refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """QuartetError unsupported_parameter for the first field that asks for something this server does not do."""
-    for name in sorted(body.keys() & REFUSED.keys()):
+def refuse_unsupported(body: Mapping[str, Any], honoured: Container[str] = ()) -> None:
+    """QuartetError unsupported_parameter for the first field that asks for something this server does not do.
+
+    `honoured`: fields that this endpoint does honour.
+    """
+    for name in sorted(name for name in body.keys() & REFUSED.keys() if name not in honoured):
         if not _asks_for_nothing(name, body[name]):
             raise unsupported(name)
     kwargs = body.get("chat_template_kwargs")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.admission import Admission
+from frontend.pool_schema import MAX_INPUTS
+from frontend.pools import PoolRequest
 from frontend.request import Request
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
@@ -44,6 +46,7 @@ class FrontendMetrics:
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
         self._n = histogram("request_params_n", "Choices asked for.", (1, 2, 5, 10, 20))
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
+        self._inputs = histogram("request_params_inputs", "Inputs of a pooling request.", _one_two_five(MAX_INPUTS))
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
         self._seconds = Histogram("http_request_duration_seconds", "Duration of HTTP requests.", ["handler", "method"],
                                   buckets=(.1, .5, 1), registry=registry)
@@ -74,7 +77,7 @@ class FrontendMetrics:
     def next_token(self, request: Request, seconds: float) -> None:
         self._itl[request.spec.model].observe(seconds)
 
-    def closed(self, request: Request, reason: AbortReason | None) -> None:
+    def closed(self, request: Request | PoolRequest, reason: AbortReason | None) -> None:
         if reason is not None:
             self._aborts.labels(reason.name.lower()).inc()
 
@@ -93,6 +96,11 @@ class FrontendMetrics:
 
     def rejected(self, error: QuartetError) -> None:
         self._rejections.labels(error.code).inc()
+
+    def pooled(self, request: PoolRequest, seconds: float) -> None:
+        """A pooling request was computed."""
+        self._e2e[request.spec.model].observe(seconds)
+        self._inputs[request.spec.model].observe(len(request.rows))
 
     def generated(self, request: Request, max_tokens: int, seconds: float) -> None:
         """A request was answered completely."""

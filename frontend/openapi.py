@@ -6,6 +6,16 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from frontend.pool_schema import (
+    ClassifyBody,
+    ClassifyChatBody,
+    EmbeddingBody,
+    EmbeddingChatBody,
+    PoolingBody,
+    PoolingChatBody,
+    RerankBody,
+    ScoreBody,
+)
 from frontend.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
 from pipeline import __version__
 from pipeline.config import ServerConfig
@@ -13,6 +23,12 @@ from pipeline.config import ServerConfig
 _POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
     "/v1/completions": ("Continue a prompt.", (CompletionBody,)),
     "/v1/chat/completions": ("Answer a chat.", (ChatBody,)),
+    "/v1/embeddings": ("Texts, token ids or chats to vectors.", (EmbeddingBody, EmbeddingChatBody)),
+    "/pooling": ("The same for any pooling model: vectors, vectors per token, class scores.",
+                 (PoolingBody, PoolingChatBody)),
+    "/classify": ("Probabilities of classes.", (ClassifyBody, ClassifyChatBody)),
+    **dict.fromkeys(("/score", "/v1/score"), ("Scores of pairs of texts.", (ScoreBody,))),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("Documents by relevance to a query.", (RerankBody,))),
     "/tokenize": ("Text or chat to token ids.", (TokenizeBody, TokenizeChatBody)),
     "/detokenize": ("Token ids to text.", (DetokenizeBody,)),
 }

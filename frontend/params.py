@@ -11,6 +11,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+from frontend.choose import check_length, choose, named
 from frontend.fields import MAX_PROMPTS
 from frontend.request import Prompt, Spec
 from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
@@ -51,23 +52,17 @@ class Ask:
 
 
 def find_model(config: ServerConfig, name: str | None) -> int:
-    """The number of the model that `name` asks for; without a name the only one there is."""
-    if not name:
-        if len(config.models) == 1:
-            return 0
-        raise invalid("The parameter 'model' is required: this server has several models.", "model")
-    for number, model in enumerate(config.models):
-        if name in model.names:
-            return number
-    raise QuartetError("model_not_found", f"The model '{name[:100]}' does not exist.", "model")
+    """The number of the model that `name` asks for, whatever its kind; without a name the only one there is."""
+    if name:
+        return named(config, name)
+    if len(config.models) == 1:
+        return 0
+    raise invalid("The parameter 'model' is required: this server has several models.", "model")
 
 
 def generating_model(config: ServerConfig, name: str | None) -> tuple[int, ModelConfig]:
-    number = find_model(config, name)
-    model = config.models[number]
-    if model.task != "generate":
-        raise invalid(f"The model '{model.names[0]}' does not generate text.", "model")
-    return number, model
+    number = choose(config, name, ("generate",), "generate text")
+    return number, config.models[number]
 
 
 def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
@@ -202,10 +197,7 @@ def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int,
     if body.priority and model.engine.scheduling_policy != "priority":
         raise QuartetError("unsupported_parameter", "The parameter 'priority' needs a server that was started with "
                                                     "--scheduling-policy priority.", "priority")
-    if body.truncate_prompt_tokens is not None and not (
-            body.truncate_prompt_tokens == -1 or 1 <= body.truncate_prompt_tokens <= model.max_model_len):
-        raise invalid(f"'truncate_prompt_tokens' must be -1 or between 1 and {model.max_model_len}.",
-                      "truncate_prompt_tokens")
+    check_length(model, body.truncate_prompt_tokens)
     detok = DetokSpec(
         model=number, stop=list(body.stop or ()), include_stop=bool(body.include_stop_str_in_output),
         min_tokens=body.min_tokens or 0, skip_special=body.skip_special_tokens is not False,

@@ -20,7 +20,7 @@ from sanic.http import Http
 from sanic.http.constants import HTTP
 from sanic.server import AsyncioServer
 
-from frontend import generate, info, invocations, tokens
+from frontend import generate, info, invocations, pooling, tokens
 from frontend.admission import Admission
 from frontend.ingress import Ingress
 from frontend.keys import Keys
@@ -69,6 +69,7 @@ def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any
     app: Sanic[Any, Any] = Sanic(name, config=config, configure_logging=False)
     ingress = Ingress(app, frontend.keys, http, frontend.metrics, lambda: frontend.table.draining)
     generate.Generate(frontend, ingress).register()
+    pooling.Pooling(frontend).register(ingress)
     tokens.Tokens(frontend).register(ingress)
     info.Info(frontend).register(ingress)
     invocations.Invocations(frontend, ingress).register()

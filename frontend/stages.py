@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pipeline.beacon import FRESH_S, Heard
-from pipeline.config import ServerConfig
+from pipeline.config import POOLING_TASKS, ServerConfig
 from pipeline.messages import Kind, Route, State
 
 Latest = Mapping[tuple[Kind, int], Heard]
@@ -24,6 +25,7 @@ class Stages:
         self._engine_model = config.engines()
         self._ever_ready: set[tuple[Kind, int]] = set()
         self._failed_models: frozenset[int] = frozenset()
+        self._facts: dict[int, tuple[bytes, dict[str, Any]]] = {}    # engine -> facts as they came, and parsed
         self._started_ns = now_ns()
 
     def note(self) -> None:
@@ -70,6 +72,22 @@ class Stages:
         """Whether nothing will answer for this model until somebody acts."""
         return model in self._failed_models or all(self.gone(Kind.ENGINE, i) for i in self.engines_of(model))
 
+    def num_ready(self, model: int) -> int:
+        """Engines of the model that would take work now."""
+        return sum(self.ready(Kind.ENGINE, i) for i in self.engines_of(model))
+
+    def facts(self, model: int) -> dict[str, Any]:
+        """What an engine of this model said that it has loaded; {} until one has said anything."""
+        for index in self.engines_of(model):
+            heard = self._latest.get((Kind.ENGINE, index))
+            if heard is not None and heard.beacon.facts_json:
+                known = self._facts.get(index)
+                if known is None or known[0] != heard.beacon.facts_json:
+                    known = self._facts[index] = (heard.beacon.facts_json, _object(heard.beacon.facts_json))
+                if known[1]:
+                    return known[1]
+        return {}
+
     def ever_ready(self, model: int) -> bool:
         return any((Kind.ENGINE, i) in self._ever_ready for i in self.engines_of(model))
 
@@ -83,7 +101,8 @@ class Stages:
         return (not self.failed(model)
                 and any(self.healthy(Kind.ENGINE, i) for i in self.engines_of(model))
                 and any(self.healthy(Kind.TOKENIZER, i) for i in range(self._config.tokenizers))
-                and any(self.healthy(Kind.DETOKENIZER, i) for i in range(self._config.detokenizers)))
+                and (self._config.models[model].task in POOLING_TASKS
+                     or any(self.healthy(Kind.DETOKENIZER, i) for i in range(self._config.detokenizers))))
 
     # ---- choosing ----
 
@@ -103,8 +122,18 @@ class Stages:
         return Route(tokenizer, self._epoch(Kind.TOKENIZER, tokenizer), engine, self._epoch(Kind.ENGINE, engine),
                      detok, self._epoch(Kind.DETOKENIZER, detok))
 
+    def pool_route(self, model: int, engine_load: Mapping[int, int], tokenizer_load: Mapping[int, int]) -> Route | None:
+        """The same without a detokenizer, for models that give numbers."""
+        engines, tokenizer = self._candidates(Kind.ENGINE, self.engines_of(model)), self.tokenizer(tokenizer_load)
+        if not engines or tokenizer is None:
+            return None
+        engine = min(engines, key=lambda i: (engine_load.get(i, 0) + self._load(i), engine_load.get(i, 0)))
+        return Route(tokenizer, self._epoch(Kind.TOKENIZER, tokenizer), engine, self._epoch(Kind.ENGINE, engine), 0, 0)
+
     def available(self, model: int) -> bool:
         """Whether a route exists."""
+        if self._config.models[model].task in POOLING_TASKS:
+            return self.pool_route(model, {}, {}) is not None
         return self.route(model, 0, {}, {}) is not None
 
     def tokenizer(self, load: Mapping[int, int]) -> int | None:
@@ -126,6 +155,14 @@ class Stages:
 
     def _epoch(self, kind: Kind, index: int) -> int:
         return self._latest[kind, index].beacon.epoch
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
 
 
 def _failed_models(facts_json: bytes) -> frozenset[int]:

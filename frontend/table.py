@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from frontend.admission import Permit
 from frontend.collector import size_of, tail
+from frontend.pools import PoolRequest, Pools, PoolSpec
 from frontend.queries import Queries, Query, QueryMessage
 from frontend.request import Choice, Prompt, Request, Spec, Submission
 from frontend.stages import Stages
@@ -30,6 +31,8 @@ from pipeline.messages import (
     Finish,
     Kind,
     Logprobs,
+    Pooled,
+    PoolHanded,
     Route,
     TextDelta,
     TokenizeAnswer,
@@ -51,7 +54,7 @@ class Observer(Protocol):
 
     def first_token(self, request: Request, seconds: float) -> None: ...
     def next_token(self, request: Request, seconds: float) -> None: ...
-    def closed(self, request: Request, reason: AbortReason | None) -> None: ...
+    def closed(self, request: Request | PoolRequest, reason: AbortReason | None) -> None: ...
     def resubmitted(self, why: str) -> None: ...
     def unknown(self, what: str) -> None: ...
 
@@ -66,12 +69,14 @@ class RequestTable:
         self._requests: set[Request] = set()
         self._submissions = Submissions(rids, stages, sender, now_ns)
         self.queries = Queries(rids, stages, sender, self._submissions.tokenizer_load, now_ns)
+        self.pools = Pools(rids, stages, sender, now_ns, observer, self._submissions.tokenizer_load)
         self._handlers: dict[type, Callable[[Any], None]] = {
             Deltas: self._on_deltas, Admitted: self._on_admitted, Failed: self._on_failed, Census: self._on_census,
-            TokenizeAnswer: self.queries.answered, DetokenizeAnswer: self.queries.answered}
+            TokenizeAnswer: self.queries.answered, DetokenizeAnswer: self.queries.answered,
+            Pooled: self.pools.on_pooled, PoolHanded: self.pools.on_handed}
 
     def __len__(self) -> int:
-        return len(self._requests) + len(self.queries)
+        return len(self._requests) + len(self.queries) + len(self.pools)
 
     # ---- for readers -----------------------------------------------------------------------------------------
 
@@ -94,6 +99,16 @@ class RequestTable:
             self.close(request, AbortReason.ERROR)
             raise
         return request
+
+    def pool(self, spec: PoolSpec, wake: Callable[[], None], permit: Permit | None = None) -> PoolRequest:
+        """Accept a pooling request; `wake` is called at its terminal event. Close it with `pools.close`."""
+        try:
+            self._check_open(spec.model)
+        except QuartetError:
+            if permit is not None:
+                permit.release()
+            raise
+        return self.pools.open(spec, wake, permit)
 
     def query(self, make: QueryMessage, wake: Callable[[], None], deadline_ns: int) -> Query:
         """Ask a tokenizer; `make` builds the message from a fresh id and the tokenizer's epoch."""
@@ -120,6 +135,7 @@ class RequestTable:
         for request in list(self._requests):
             self._fail(request, error, AbortReason.SHUTDOWN)
         self.queries.fail_all(error)
+        self.pools.fail_all(error)
 
     # ---- from the stages -------------------------------------------------------------------------------------
 
@@ -134,6 +150,7 @@ class RequestTable:
         """A stage has a new epoch: what its predecessor held is submitted again."""
         if kind is Kind.TOKENIZER:
             self.queries.tokenizer_restarted(index, epoch)
+        self.pools.stage_restarted(kind, index, epoch)
         lost = [s for s in self._submissions if s.route is not None and _held_by(s, s.route, kind, index, epoch)]
         if kind is Kind.ENGINE:
             for submission in lost:
@@ -144,6 +161,7 @@ class RequestTable:
     def beacons_changed(self) -> None:
         """Beacons have arrived: a stage that was waited for may be ready."""
         self._submissions.flush()
+        self.pools.flush()
 
     def tick(self) -> None:
         """Called about ten times a second: deadlines, models that were given up, and what waits for a stage."""
@@ -158,6 +176,7 @@ class RequestTable:
             if submission.request.spec.deadline_ns and now > submission.request.spec.deadline_ns:
                 self._fail(submission.request, _timeout(), AbortReason.DEADLINE)
         self.queries.tick()
+        self.pools.tick(int(DEADLINE_GRACE_S * 1e9), _timeout(), self._stages.failed, _unavailable())
         self._submissions.flush()
 
     def _check_open(self, model: int) -> None:
@@ -320,7 +339,7 @@ class RequestTable:
             submission = self._submissions.get(item.rid)
             if submission is not None and (child(item.rid) == 0 or self._submissions.find(item.rid) is not None):
                 self._fail(submission.request, _error_of(item), AbortReason.ERROR)
-            elif not self.queries.failed(item.rid, _error_of(item)):
+            elif not (self.queries.failed(item.rid, _error_of(item)) or self.pools.on_failed(item.rid, _error_of(item))):
                 self._observer.unknown("failed")
 
     def _on_census(self, message: Census) -> None:
@@ -331,9 +350,10 @@ class RequestTable:
             held = set(unpack_rids(message.rids))
         except ValueError:
             raise BadFrame("a census of ragged ids") from None
-        orphans = [rid for rid in held if self._submissions.get(rid) is None]
+        orphans = [rid for rid in held if self._submissions.get(rid) is None and not self.pools.knows(rid)]
         if orphans:
             self._sender.send(_control(message.engine), Abort(pack_rids(orphans), AbortReason.ORPHAN))
+        self.pools.on_census(message.engine, message.engine_epoch, held)
         now = self._now_ns()
         for submission in self._submissions:
             route = submission.route
@@ -348,6 +368,7 @@ class RequestTable:
     def assert_invariants(self) -> None:
         """Every index agrees with every other one."""
         self._submissions.assert_invariants()
+        self.pools.assert_invariants()
         families = {s.family for s in self._submissions}
         for request in self._requests:
             assert not request.closed and request.families <= families

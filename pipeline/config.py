@@ -64,6 +64,10 @@ class ModelConfig:
     generation_defaults: dict[str, float | int | None] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()            # the first one is EOS, the rest count as stop ids
     replicas: int = 1
+    num_type_ids: int = 1                    # token types that the model tells apart (two texts in one input)
+    prompts: dict[str, str] = field(default_factory=dict)    # sentence-transformers: put ahead of a text, by name
+    default_prompt: str = ""                 # the one that a request which names none gets
+    long_inputs: str = "error"               # error | truncate: inputs of pooling models beyond max_model_len
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

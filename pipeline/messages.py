@@ -228,6 +228,8 @@ class PoolText:
     pair: str | None = None             # a cross-encoder's second text
     chat: Chat | None = None
     ids: bytes = b""                    # uint32
+    keep: u32 = 0                       # cut `text` to so many tokens; 0: as it is
+    keep_pair: u32 = 0                  # the same for `pair`
 
 
 @dataclass(slots=True)
@@ -343,7 +345,7 @@ class Submit:
 
 @dataclass(slots=True)
 class SubmitPool:
-    """frontend -> tokenizer: inputs that become vectors. The tokenizer hands them on in slices as it encodes them."""
+    """frontend -> tokenizer: inputs that become vectors. Handed on in slices once all of them are found to be good."""
 
     rid: u64
     route: Route                        # detok is not used
@@ -355,6 +357,7 @@ class SubmitPool:
     truncate_left: bool                 # cut the beginning, not the end
     deadline_ns: u64
     priority: i64 = 0
+    alone: bool = False
 
 
 @dataclass(slots=True)
@@ -417,6 +420,15 @@ class Adds:
 @dataclass(slots=True)
 class PoolAdds:
     items: list[PoolAdd]
+
+
+@dataclass(slots=True)
+class PoolHanded:
+    """tokenizer -> frontend: every slice of a submission is on its way to the engine."""
+
+    tokenizer: u16
+    tokenizer_epoch: u32
+    rid: u64
 
 
 @dataclass(slots=True)
@@ -576,7 +588,7 @@ class Tensor:
 REGISTRY: dict[int, type] = {
     1: Submit, 2: TokenizeQuery, 3: DetokenizeQuery, 4: TokenizeAnswer, 5: DetokenizeAnswer, 6: Abort, 7: StopHit,
     8: Adds, 9: StepOut, 10: Deltas, 11: Admitted, 12: Failed, 13: Census, 14: Beacon, 15: Tensor,
-    16: Metrics, 30: SubmitPool, 31: PoolAdds, 32: Pooled,
+    16: Metrics, 30: SubmitPool, 31: PoolAdds, 32: Pooled, 33: PoolHanded,
     40: SubmitAudio, 41: AudioCredit, 42: SpeechAdd, 43: Transcribed,
 }
 RECORDS: tuple[type, ...] = (

@@ -8,6 +8,7 @@ import logging
 import time
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
@@ -17,6 +18,7 @@ from pipeline.exits import MODEL_LOAD
 from pipeline.tokenizer_files import TokenizerFiles, dress, read
 from tokenizer_proc.guard import Guard, Piece
 from tokenizer_proc.messages import is_reserved
+from tokenizer_proc.pairs import PairShape
 from tokenizer_proc.template import ChatTemplate
 
 LEAST_TOKEN_CHARS = 16               # characters that one token may stand for, at least (unknown words, dropped marks)
@@ -48,6 +50,7 @@ class TextModel:
         self.named_tokens = dict(files.named)
         self.guard = Guard([token for token, number in vocab.items() if number in special])
         self.before, self._after = self._specials(files)
+        self.num_type_ids = config.num_type_ids
         self._sources = dict(files.templates)
         self._compiled: dict[str, ChatTemplate] = {}
         self.content_format = config.content_format
@@ -89,6 +92,16 @@ class TextModel:
         elif self.content_format != template.detected:
             log.warning("The chat template %s looks as if it took contents as '%s'; --chat-template-content-format "
                         "says '%s'.", name, template.detected, self.content_format)
+
+    @property
+    def specials(self) -> tuple[list[int], list[int]]:
+        """Ids before and after a text."""
+        return self.before, self._after
+
+    @cached_property
+    def pair(self) -> PairShape:
+        """How two texts are joined."""
+        return PairShape.of(self.tokenizer)
 
     # ---- encoding ------------------------------------------------------------------------------------------------
 

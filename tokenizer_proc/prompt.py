@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from contextlib import AbstractContextManager
 
 from prometheus_client import CollectorRegistry, Histogram
 
@@ -42,7 +43,7 @@ class PromptMaker:
                 with self._encode_s.time():
                     ids = between(model, submit.text or "", submit.suffix, submit.add_special)
             else:
-                pieces = self._pieces(model, submit.chat, submit.text, keep is not None)
+                pieces = self.pieces(model, submit.chat, submit.text, keep is not None)
                 with self._encode_s.time():
                     ids = model.encode(pieces, submit.add_special, keep=keep, keep_first=submit.truncate_right)
             if keep is not None and len(ids) > keep:
@@ -59,7 +60,7 @@ class PromptMaker:
 
     def query_ids(self, model: TextModel, query: TokenizeQuery) -> array[int]:
         """The ids for /tokenize, whatever the context length."""
-        pieces = self._pieces(model, query.chat, query.text, True)
+        pieces = self.pieces(model, query.chat, query.text, True)
         chars = sum(len(text) for text, _ in pieces)
         if chars > MAX_QUERY_CHARS:
             raise QuartetError("invalid_value", f"The text has {chars} characters; at most {MAX_QUERY_CHARS} are "
@@ -67,7 +68,12 @@ class PromptMaker:
         with self._encode_s.time():
             return model.encode(pieces, query.add_special, unlimited=True)
 
-    def _pieces(self, model: TextModel, chat: Chat | None, text: str | None, may_be_long: bool) -> list[Piece]:
+    def encode_timer(self) -> AbstractContextManager[object]:
+        """Times what it encloses as encoding."""
+        return self._encode_s.time()
+
+    def pieces(self, model: TextModel, chat: Chat | None, text: str | None, may_be_long: bool) -> list[Piece]:
+        """What is to be encoded, a rendered chat or a text; `may_be_long`: it is going to be cut."""
         if chat is None:
             return [(text or "", False)]
         started = time.monotonic()

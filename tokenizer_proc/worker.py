@@ -23,13 +23,16 @@ from pipeline.messages import (
     Abort,
     Add,
     Adds,
+    Chat,
     DetokenizeAnswer,
     DetokenizeQuery,
     Failed,
     FailedItem,
     Kind,
     Load,
+    PoolAdds,
     Submit,
+    SubmitPool,
     TokenizeAnswer,
     TokenizeQuery,
     pack_ids,
@@ -41,6 +44,7 @@ from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
+from tokenizer_proc.pool import PoolWork, Result
 from tokenizer_proc.prompt import PromptMaker
 from tokenizer_proc.words import resolve
 
@@ -49,7 +53,8 @@ MAX_PENDING_BYTES = 128 * 2**20
 MAX_UNSENT = 256                    # results that outboxes refused; with more, no new work is taken
 MAX_UNSENT_BYTES = 64 * 2**20
 RETRY_NS = 5_000_000                # how soon an outbox that was full is tried again
-Work = Submit | TokenizeQuery | DetokenizeQuery
+POOL_TURN = 8                       # other requests that may go ahead of a slice of a pooling request
+Work = Submit | TokenizeQuery | DetokenizeQuery | PoolWork
 log = logging.getLogger(__name__)
 
 
@@ -80,6 +85,8 @@ class TokenizerWorker:
         self._models = models or TextModels(config)
         self._maker = PromptMaker(config.trust_request_chat_template, registry)
         self._pending: dict[int, Work] = {}                   # rid -> work, in order of arrival
+        self._pools: dict[int, PoolWork] = {}                 # the same for pooling requests, in order of their next slice
+        self._since_pool = 0                                  # pieces of other work since their last slice
         self._pending_bytes = 0
         self._unsent: deque[Unsent] = deque()
         self._unsent_bytes = 0
@@ -88,7 +95,7 @@ class TokenizerWorker:
         self._dropped = Counter("quartet:tokenizer_dropped", "Messages that were dropped, by reason.", ["reason"],
                                 registry=registry)
         Gauge("quartet:tokenizer_pending", "Requests that wait for the tokenizer.", registry=registry).set_function(
-            lambda: len(self._pending))
+            lambda: len(self._pending) + len(self._pools))
 
     # ---- Logic ---------------------------------------------------------------------------------------------------
 
@@ -99,14 +106,17 @@ class TokenizerWorker:
                 self._forget(rid)
             if self._unsent:
                 self._discard(lambda rid: rid in rids)
-        elif not isinstance(message, (Submit, TokenizeQuery, DetokenizeQuery)):
+        elif not isinstance(message, (Submit, SubmitPool, TokenizeQuery, DetokenizeQuery)):
             raise BadFrame("not for a tokenizer")
         elif self._misrouted(message):
             raise BadFrame("from no frontend or for no engine of ours")
         elif self._epoch_of(message) != self._epoch:
             self._dropped.labels(reason="old_epoch").inc()
-        elif message.rid in self._pending:
+        elif message.rid in self._pending or message.rid in self._pools:
             self._dropped.labels(reason="twice").inc()
+        elif isinstance(message, SubmitPool):
+            self._pools[message.rid] = PoolWork(message)
+            self._pending_bytes += _size(self._pools[message.rid])
         else:
             self._pending[message.rid] = message
             self._pending_bytes += _size(message)
@@ -116,16 +126,26 @@ class TokenizerWorker:
         if self._unsent:
             self._retry()
         if self.has_work():
-            rid = next(iter(self._pending))
-            work = self._forget(rid)
+            work = self._next()
+            if not self._work(work):
+                self._pools[work.rid] = self._pools.pop(work.rid)      # type: ignore[assignment]  # to the end of the line
+
+    def _next(self) -> Work:
+        """What to work on: a chat goes ahead of slices of large requests, but not for ever."""
+        if self._pending and (not self._pools or self._since_pool < POOL_TURN):
+            self._since_pool += 1
+            work = self._forget(next(iter(self._pending)))
             assert work is not None
-            self._work(work)
+            return work
+        self._since_pool = 0
+        return next(iter(self._pools.values()))
 
     def has_work(self) -> bool:
-        return bool(self._pending) and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES
+        return (bool(self._pending or self._pools) and len(self._unsent) < MAX_UNSENT
+                and self._unsent_bytes < MAX_UNSENT_BYTES)
 
     def accepting(self) -> bool:
-        return (len(self._pending) < MAX_PENDING and self._pending_bytes < MAX_PENDING_BYTES
+        return (len(self._pending) + len(self._pools) < MAX_PENDING and self._pending_bytes < MAX_PENDING_BYTES
                 and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES)
 
     def next_timer_ns(self) -> int | None:
@@ -134,11 +154,13 @@ class TokenizerWorker:
     def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
         if kind is Kind.FRONTEND:
             short = short_epoch(epoch)
-            gone = [rid for rid in self._pending if frontend_index(rid) == index and frontend_epoch(rid) != short]
+            gone = [rid for rid in (*self._pending, *self._pools)
+                    if frontend_index(rid) == index and frontend_epoch(rid) != short]
             self._discard(lambda rid: frontend_index(rid) == index and frontend_epoch(rid) != short)
         elif kind is Kind.ENGINE:
-            gone = [rid for rid, work in self._pending.items() if isinstance(work, Submit)
-                    and work.route.engine == index and work.route.engine_epoch < epoch]
+            routes = [(rid, work.route) for rid, work in self._pending.items() if isinstance(work, Submit)]
+            routes += [(rid, work.submit.route) for rid, work in self._pools.items()]
+            gone = [rid for rid, route in routes if route.engine == index and route.engine_epoch < epoch]
             self._discard(lambda rid: False, Address(Kind.ENGINE, index), epoch)
         else:
             return
@@ -146,14 +168,16 @@ class TokenizerWorker:
             self._forget(rid)
 
     def load(self) -> Load:
-        return Load(waiting=len(self._pending), outstanding_bytes=self._pending_bytes)
+        return Load(waiting=len(self._pending) + len(self._pools), outstanding_bytes=self._pending_bytes)
 
     # ---- work ----------------------------------------------------------------------------------------------------
 
-    def _work(self, work: Work) -> None:
-        """Everything that can go wrong with one request ends here."""
+    def _work(self, work: Work) -> bool:
+        """Everything that can go wrong with one request ends here. False: more of it is to be done."""
         try:
-            to, message, size = self._result(work)
+            results = self._slice(work) if isinstance(work, PoolWork) else [self._result(work)]
+            if not results:
+                return False
         except QuartetError as error:
             self._fail(work.rid, error.code, error.message, error.param)
         except StartError as error:
@@ -168,9 +192,17 @@ class TokenizerWorker:
             self._fail(work.rid, "internal_error", "The server failed to tokenize this request.")
         else:
             self._outcomes.labels(outcome="ok").inc()
-            self._send(to, message, size)
+            for to, message, size in results:
+                self._send(to, message, size)
+        self._forget(work.rid)
+        return True
 
-    def _result(self, work: Work) -> tuple[Address, Any, int]:
+    def _slice(self, work: PoolWork) -> list[Result]:
+        """Encode some inputs; once all are good, the messages that hand them over."""
+        work.advance(self._models.get(work.submit.model), self._maker)
+        return list(work.results(self._index, self._epoch)) if work.done else []
+
+    def _result(self, work: Submit | TokenizeQuery | DetokenizeQuery) -> Result:
         """Where the result goes, the result, and about how large it is."""
         if isinstance(work, Submit):
             ids = work.ids
@@ -199,17 +231,17 @@ class TokenizerWorker:
         self._send(Address(Kind.FRONTEND, frontend_index(rid)),
                    Failed(Kind.TOKENIZER, self._index, self._epoch, [FailedItem(rid, code, message, param)]), 200)
 
-    def _misrouted(self, work: Work) -> bool:
+    def _misrouted(self, work: Submit | SubmitPool | TokenizeQuery | DetokenizeQuery) -> bool:
         """Whether a process that does not exist is named: no socket is ever made towards those."""
         return (frontend_index(work.rid) >= self._num_frontends
-                or (isinstance(work, Submit) and work.route.engine >= self._num_engines))
+                or (isinstance(work, (Submit, SubmitPool)) and work.route.engine >= self._num_engines))
 
-    def _epoch_of(self, work: Work) -> int:
-        return work.route.tokenizer_epoch if isinstance(work, Submit) else work.tokenizer_epoch
+    def _epoch_of(self, work: Submit | SubmitPool | TokenizeQuery | DetokenizeQuery) -> int:
+        return work.route.tokenizer_epoch if isinstance(work, (Submit, SubmitPool)) else work.tokenizer_epoch
 
     def _forget(self, rid: int) -> Work | None:
         """Take work off the list; None when it is not there, which is normal for an abort."""
-        work = self._pending.pop(rid, None)
+        work = self._pending.pop(rid, None) or self._pools.pop(rid, None)
         if work is not None:
             self._pending_bytes -= _size(work)
         return work
@@ -243,9 +275,9 @@ class TokenizerWorker:
 
     def assert_invariants(self) -> None:
         """Called by tests after each step."""
-        assert self._pending_bytes == sum(_size(work) for work in self._pending.values()) >= 0
+        assert self._pending_bytes == sum(map(_size, (*self._pending.values(), *self._pools.values()))) >= 0
         assert self._unsent_bytes == sum(entry.size for entry in self._unsent)
-        assert all(rid == work.rid for rid, work in self._pending.items())
+        assert all(rid == work.rid for rid, work in (*self._pending.items(), *self._pools.items()))
 
 
 def _rids(message: Abort) -> set[int]:
@@ -258,16 +290,22 @@ def _rids(message: Abort) -> set[int]:
 
 def _rid_of(message: Any) -> int:
     """The request that a result is for."""
-    return int(message.items[0].rid if isinstance(message, (Adds, Failed)) else message.rid)
+    return int(message.items[0].rid if isinstance(message, (Adds, PoolAdds, Failed)) else message.rid)
 
 
 def _size(work: Work) -> int:
     """About the bytes that `work` holds."""
     if isinstance(work, DetokenizeQuery):
         return 200 + len(work.ids)
+    if isinstance(work, PoolWork):
+        return 500 + sum(200 + len(t.text or "") + len(t.pair or "") + len(t.ids) + (_chat_size(t.chat) if t.chat else 0)
+                         for t in work.submit.inputs)
     size = 500 + len(work.text or "") + (len(work.suffix or "") if isinstance(work, Submit) else 0)
     if work.chat is not None:
-        chat = work.chat
-        size += len(chat.messages_json) + len(chat.tools_json) + len(chat.kwargs_json) + len(chat.documents_json)
-        size += len(chat.template or "")
+        size += _chat_size(work.chat)
     return size + (len(work.ids) + len(work.history) if isinstance(work, Submit) else 0)
+
+
+def _chat_size(chat: Chat) -> int:
+    return (len(chat.messages_json) + len(chat.tools_json) + len(chat.kwargs_json) + len(chat.documents_json)
+            + len(chat.template or ""))

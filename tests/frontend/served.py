@@ -16,12 +16,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 from sanic import Sanic
 
 from frontend.admission import Admission
 from frontend.keys import Keys
 from frontend.metrics import FrontendMetrics
+from frontend.pools import size_of
 from frontend.server import Frontend, build_app, prepare, serve
 from frontend.stages import Stages
 from frontend.table import RequestTable
@@ -41,7 +43,11 @@ from pipeline.messages import (
     Finish,
     Kind,
     Logprobs,
+    Pooled,
+    PoolHanded,
+    PoolText,
     Submit,
+    SubmitPool,
     TextDelta,
     TokenizeAnswer,
     TokenizeQuery,
@@ -51,6 +57,7 @@ from pipeline.messages import (
     unpack_rids,
 )
 from pipeline.metrics import snapshot
+from pipeline.params import PoolParams
 from pipeline.transport import Address
 from tests.frontend.world import beacon, config
 
@@ -65,6 +72,27 @@ def logprobs(ids: list[int], k: int, texts: list[str], first_unknown: bool = Fal
         [texts[i].encode() if j == 0 else f"alt{j}".encode() for i in range(len(ids)) for j in range(k)])
 
 
+def vector(text: PoolText, params: PoolParams) -> np.ndarray:
+    """[1 or tokens, D]: embeddings count letters ("ab" is (1, 1, 0, 0)), classes and scores are (share of "a", of "b").
+
+    A pair's score is the share of its second text's letters that the first one has.
+    """
+    words = text.text or "".join(map(chr, unpack_ids(text.ids)))
+    if text.chat is not None:
+        words = json.loads(text.chat.messages_json)[-1]["content"]
+    if params.task == "score":
+        return np.array([[sum(c in words for c in text.pair or "") / max(1, len(text.pair or ""))]], np.float32)
+    if params.task == "classify":
+        rows = np.array([[words.count("a") / len(words), words.count("b") / len(words)]], np.float32)
+    else:
+        pieces = list(words) if params.task == "token_embed" else [words]
+        rows = np.array([[piece.count(letter) for letter in "abcd"] for piece in pieces], np.float32)
+        rows = rows[:, :params.dimensions or None]
+        if params.activation is not False:
+            rows /= np.maximum(1e-9, np.linalg.norm(rows, axis=-1, keepdims=True))
+    return rows
+
+
 class PaperPipeline:
     """A Sender that answers like tokenizer, engine and detokenizer together."""
 
@@ -72,6 +100,7 @@ class PaperPipeline:
         self.table: RequestTable | None = None
         self.aborted: set[int] = set()
         self.submits: list[Submit] = []
+        self.pools: list[SubmitPool] = []
         self.manual = False                  # tests call `step` themselves
         self.full = False
         self._steps: list[Any] = []
@@ -85,6 +114,11 @@ class PaperPipeline:
         elif isinstance(message, Submit):
             self.submits.append(message)
             self._steps += [self._play(message)]
+            if not self.manual:
+                self._loop.call_soon(self.run)
+        elif isinstance(message, SubmitPool):
+            self.pools.append(message)
+            self._steps += [self._pool(message)]
             if not self.manual:
                 self._loop.call_soon(self.run)
         elif isinstance(message, TokenizeQuery):
@@ -148,6 +182,22 @@ class PaperPipeline:
                 yield self._delta(submit, j, piece, i, [10 + i], finish if i == len(pieces) - 1 else Finish.RUNNING,
                                   offset, ids, text, usage if i == 0 else None)
             offset += len(piece)
+
+    def _pool(self, submit: SubmitPool) -> Any:
+        """Results in slices of two, the last one first. "hang" has none, "fail CODE" fails. See `vector`."""
+        for text in submit.inputs:
+            if (text.text or "").startswith("fail "):
+                code = str(text.text).split()[1]
+                yield Failed(Kind.TOKENIZER, 0, 1, [FailedItem(
+                    submit.rid, code, f"'input[{text.index}]' is bad", f"input[{text.index}]")])
+                return
+        yield PoolHanded(0, 1, submit.rid)
+        todo = [t for t in submit.inputs if t.text != "hang"][::-1]
+        for part in (todo[i:i + 2] for i in range(0, len(todo), 2)):
+            rows = [vector(t, submit.params) for t in part]
+            yield Pooled(
+                submit.route.engine, submit.route.engine_epoch, submit.rid, pack_ids(t.index for t in part),
+                pack_ids(size_of(t) - 1 for t in part), pack_ids(map(len, rows)), np.concatenate(rows))
 
     def _delta(self, submit: Submit, j: int, piece: str, start: int, ids: list[int], finish: Finish, offset: int,
                prompt: list[int], text: str, usage: Usage | None) -> Deltas:

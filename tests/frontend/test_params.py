@@ -303,8 +303,12 @@ def test_models() -> None:
     assert refused(complete, model="gpt-4").code == "model_not_found"
     two = config(models=(config().models[0], ModelConfig(names=("other",), path="/", task="embed")))
     assert complete(two, model="alias").model == "tiny"
-    assert refused(complete, server=two).param == "model"
-    assert refused(complete, server=two, model="other").param == "model"
+    assert complete(two).model == "tiny"                                      # the only one that generates
+    wrong = refused(complete, server=two, model="other")
+    assert wrong.param == "model" and wrong.status == 400 and "'tiny'" in wrong.message
+    twins = config(models=(config().models[0], ModelConfig(names=("other",), path="/")))
+    unnamed = refused(complete, server=twins)
+    assert unnamed.param == "model" and "'tiny', 'other'" in unnamed.message
 
 
 def test_limits_of_the_server() -> None:

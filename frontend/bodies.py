@@ -53,7 +53,7 @@ def _check(value: Any) -> None:
 
 def validate(schema: type[B], body: dict[str, Any]) -> B:
     """`body` as a `schema`, or the first thing that is wrong with it."""
-    refuse_unsupported(body, schema.model_fields)
+    refuse_unsupported(body, schema.HONOURS)
     try:
         return schema.model_validate(body)
     except ValidationError as error:

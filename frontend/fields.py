@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -72,6 +72,7 @@ def refuse_unsupported(body: Mapping[str, Any], honoured: Container[str] = ()) -
 class Body(BaseModel):
     """A request body: strict types ("5" and true are no integers), unknown fields ignored."""
 
+    HONOURS: ClassVar[frozenset[str]] = frozenset()      # of REFUSED: what this endpoint does
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 

@@ -5,7 +5,7 @@ frontend.scoring. Run by the frontend; holds no state.
 """
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -76,6 +76,8 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 class Pooled(Body):
     """What every body of a pooling model has in common."""
+
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"truncation_side"})
 
     model: str | None = None
     truncate_prompt_tokens: Truncate | None = Field(None, description="keep N tokens; -1: what the model takes")

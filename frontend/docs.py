@@ -12,6 +12,10 @@ from frontend.fields import NO_EFFECT, REFUSED
 _STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}code{font-size:.95em}"
           "table{border-collapse:collapse;width:100%}td{border-top:1px solid #ccc;padding:.2em .6em;vertical-align:top}"
           "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}td{border-color:#333}a{color:#8bf}}")
+_LIMITS = {"minimum": "at least {}", "exclusiveMinimum": "above {}", "maximum": "at most {}",
+           "exclusiveMaximum": "below {}", "maxItems": "up to {} items", "maxProperties": "up to {} entries",
+           "maxLength": "up to {} characters"}
+FAR = 2**31                      # limits beyond this are those of the number's type: not worth a word
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
@@ -36,21 +40,20 @@ def page(document: dict[str, Any]) -> bytes:
 def _table(schema: dict[str, Any]) -> str:
     required = schema.get("required", [])
     rows = "".join(f"<tr><td><code>{escape(name)}</code>{' (required)' if name in required else ''}</td>"
-                   f"<td>{escape(_kind(field))}</td></tr>" for name, field in sorted(schema["properties"].items()))
+                   f"<td>{escape(kind(field))}</td></tr>" for name, field in sorted(schema["properties"].items()))
     return f"<p>{escape(schema.get('description', ''))}</p><table>{rows}</table>"
 
 
-def _kind(field: dict[str, Any]) -> str:
-    """A field's type and limits in words."""
+def kind(field: dict[str, Any]) -> str:
+    """A JSON schema's type and limits in words."""
     if "anyOf" in field:
-        return " or ".join(_kind(f) for f in field["anyOf"] if f.get("type") != "null")
+        return " or ".join(kind(f) for f in field["anyOf"] if f.get("type") != "null")
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
-    kind = field.get("type") or field.get("$ref", "object").rsplit("/", 1)[-1]
-    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
-             "maxItems": "up to", "maxLength": "up to"}
-    limits = ", ".join(f"{word} {field[key]}" for key, word in words.items() if key in field)
-    return f"{kind}{' of ' + _kind(field['items']) if 'items' in field else ''}{' (' + limits + ')' if limits else ''}"
+    word = field.get("type") or field.get("$ref", "object").rsplit("/", 1)[-1]
+    limits = ", ".join(text.format(field[key]) for key, text in _LIMITS.items()
+                       if key in field and abs(field[key]) < FAR)
+    return f"{word}{' of ' + kind(field['items']) if 'items' in field else ''}{' (' + limits + ')' if limits else ''}"
 
 
 def _codes(names: Any) -> str:

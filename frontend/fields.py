@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "guided_regex", "guided_whitespace_pattern", "json_schema", "kv_transfer_params", "media_io_kwargs",
         "mm_processor_kwargs", "prompt_embeds", "regex", "structural_tag",
         "structured_outputs", "web_search_options"), ()),
+    "mm_payload": ("tensors",), "return_mm_kwargs": (True,), "return_token_offsets": (False,),
     "function_call": ("none",), "functions": ([],),
     "include_reasoning": (True,), "logits_processors": ([],),
     "modalities": (["text"],), "response_format": ({"type": "text"},),

@@ -20,7 +20,7 @@ from frontend.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBo
 from pipeline import __version__
 from pipeline.config import ServerConfig
 
-_POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
+POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
     "/v1/completions": ("Continue a prompt.", (CompletionBody,)),
     "/v1/chat/completions": ("Answer a chat.", (ChatBody,)),
     "/v1/embeddings": ("Texts, token ids or chats to vectors.", (EmbeddingBody, EmbeddingChatBody)),
@@ -47,12 +47,12 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
 def document(config: ServerConfig) -> dict[str, Any]:
     """The OpenAPI description of every route."""
     bodies: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (body, "validation") for _, found in _POSTS.values() for body in found]
+        (body, "validation") for _, found in POSTS.values() for body in found]
     _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
     failure = {"description": "An error.", "content": {"application/json": {
         "schema": {"$ref": "#/components/schemas/Error"}}}}
     paths: dict[str, Any] = {}
-    for path, (summary, found) in _POSTS.items():
+    for path, (summary, found) in POSTS.items():
         refs = [{"$ref": f"#/components/schemas/{b.__name__}"} for b in found]
         paths[path] = {"post": {
             "summary": summary, "operationId": path.strip("/").replace("/", "_"),

@@ -12,6 +12,7 @@ from engine_proc.core import EngineCore
 from engine_proc.plan import Runner
 from engine_proc.pooling.core import PoolingCore
 from engine_proc.pooling.plan import PoolRunner
+from engine_proc.speech.core import SpeechCore
 from pipeline.config import POOLING_TASKS, ModelConfig
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
@@ -48,7 +49,18 @@ def build_pooling(context: Context, model: ModelConfig) -> PoolingCore:
     return core
 
 
-def build(context: Context) -> EngineCore | PoolingCore:
+def build_speech(context: Context, model: ModelConfig) -> SpeechCore:
+    from engine_proc.speech.load import load_speech
+    runner = load_speech(model, context.progress)
+    core = SpeechCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
+                      context.registry)
+    context.status.facts_json = json.dumps({
+        **runner.facts, "max_model_len": model.max_model_len, "vocab_size": runner.vocab_size,
+        "tasks": ["transcribe"]}).encode()
+    return core
+
+
+def build(context: Context) -> EngineCore | PoolingCore | SpeechCore:
     engines = context.config.engines()
     if not 0 <= context.index < len(engines):
         raise StartError(CONFIG, f"The configuration has no engine number {context.index}.")
@@ -56,6 +68,8 @@ def build(context: Context) -> EngineCore | PoolingCore:
     context.progress("loading", 0)
     if model.task in POOLING_TASKS:
         return build_pooling(context, model)
+    if model.task == "transcribe":
+        return build_speech(context, model)
     runner = load(model, context)
     core = EngineCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
                       context.registry)

@@ -81,7 +81,7 @@ def check(add: Add, limits: Limits, num_waiting: int) -> None:
         raise invalid("The prompt is empty.", "prompt")
     _check_ids(add.ids, limits.vocab_size, "prompt")
     _check_ids(add.history, limits.vocab_size, "prompt")
-    _check_sampling(add.sampling, limits.vocab_size)
+    check_sampling(add.sampling, limits.vocab_size)
     num_prompt = len(add.ids) // 4
     _check_prompt_logprobs(add.sampling.prompt_logprobs, num_prompt)
     if num_prompt + (add.sampling.max_tokens > 0) > limits.max_model_len:
@@ -112,7 +112,7 @@ def _check_ids(data: bytes, vocab_size: int, param: str) -> None:
             raise invalid(f"Token id {highest} is out of the vocabulary, which has {vocab_size} ids.", param)
 
 
-def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     numbers = {name: getattr(sampling, name) for name in (
         "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")}
     for name, value in numbers.items():

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import QuartetError
 from pipeline.ids import frontend_index
-from pipeline.messages import Census, Failed, FailedItem, Kind, Pooled, pack_rids
+from pipeline.messages import Census, Failed, FailedItem, Kind, Pooled, Transcribed, pack_rids
 from pipeline.transport import Address, Sender
 
 MAX_MESSAGE_BYTES = 16 * 2**20   # of one slice, unless a single input gives more
@@ -26,7 +26,7 @@ class Box:
     """What waits for one frontend."""
 
     to: Address
-    pooled: deque[Pooled] = field(default_factory=deque)
+    pooled: deque[Pooled | Transcribed] = field(default_factory=deque)
     failed: list[FailedItem] = field(default_factory=list)
     census: Census | None = None
     retry_ns: int = 0
@@ -60,6 +60,10 @@ class PoolOutputs:
         self._box(rid).pooled.append(Pooled(
             self._index, self._epoch, rid, numbers[:, 0].tobytes(), numbers[:, 1].tobytes(), numbers[:, 2].tobytes(),
             np.ascontiguousarray(data, np.float32)))
+
+    def put(self, message: Transcribed) -> None:
+        """What a speech engine has to say about one window."""
+        self._box(message.rid).pooled.append(message)
 
     def fail(self, rid: int, error: QuartetError) -> None:
         self._box(rid).failed.append(FailedItem(rid, error.code, error.message, error.param))

@@ -69,7 +69,7 @@ class Take(Sequence):
     timestamps: bool = False
     detect: bool = False                     # one step that only tells the language
     sot: int = -1                            # position of <|startoftranscript|>, whose logits tell whether anybody speaks
-    sum_logprob: float = 0.0                 # of the output so far, as it was allowed
+    logprobs: list[float] = field(default_factory=list)      # of each output id, among those that were allowed
     no_speech: float = -1.0                  # -1: not computed
 
     @property
@@ -81,4 +81,4 @@ class Take(Sequence):
     @property
     def avg_logprob(self) -> float:
         """Mean over the output, the end included, as the authors' implementation counts it."""
-        return self.sum_logprob / max(1, len(self.output) + 1)
+        return sum(self.logprobs) / (len(self.output) + 1)

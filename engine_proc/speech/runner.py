@@ -116,7 +116,7 @@ class SpeechRunner:
         for number, token, logprob in zip(handle.sampled, handle.tokens, handle.logprobs, strict=True):
             if np.isfinite(logprob):
                 results[number].token = token
-                cast(Take, handle.plan.items[number].seq).sum_logprob += logprob
+                cast(Take, handle.plan.items[number].seq).logprobs.append(logprob)
             else:
                 results[number].error = "numerical_error"
         return results

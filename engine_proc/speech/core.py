@@ -1,0 +1,390 @@
+"""The speech engine's loop: windows in, encoded one by one, decoded together, segments out.
+
+Engine process, main thread; implements `pipeline.transport.Logic`. Imports no torch: the runner is given. The scheduler
+is the one for text: a window's attempt is a sequence. A request that ends is forgotten at once; its sequences are marked
+and leave with the step that holds them. Must never block on a peer.
+"""
+from __future__ import annotations
+
+import logging
+from bisect import insort
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+from prometheus_client import CollectorRegistry
+
+from engine_proc.admission import Tombstones
+from engine_proc.blocks import BlockPool
+from engine_proc.plan import Runner, StepPlan
+from engine_proc.pooling.outputs import PoolOutputs
+from engine_proc.scheduler import Scheduler
+from engine_proc.speech.admission import SpeechLimits, check
+from engine_proc.speech.align import Alignment
+from engine_proc.speech.fallback import Ladder
+from engine_proc.speech.request import SpeechRequest, Take, Window
+from engine_proc.speech.segments import segments
+from engine_proc.speech.stats import SpeechStats
+from engine_proc.speech.vocabulary import Vocabulary
+from pipeline.config import ServerConfig
+from pipeline.errors import QuartetError
+from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
+from pipeline.messages import Abort, Finish, Kind, Load, SpeechAdd, Transcribed, unpack_ids, unpack_rids
+from pipeline.schema import BadFrame
+from pipeline.transport import Sender
+
+RETRY_NS = 5_000_000             # how soon to plan again when nothing that waits could start
+MAX_FAILED = 3                   # steps in a row, or encodings; then the process ends and its successor starts afresh
+MAX_HELD = 256                   # windows with their features; more are left in the socket
+DECODE_SHARE = 0.5               # time for decoding per time for encoding, while there is both to do
+log = logging.getLogger(__name__)
+
+
+class WindowRunner(Runner, Protocol):
+    """What the core asks of a speech runner beside steps."""
+
+    vocabulary: Vocabulary
+    num_free: int
+
+    def encode(self, windows: list[Window]) -> None: ...
+    def let_go(self, window: Window) -> None: ...
+    def align(self, window: Window, prompt: list[int], text: list[int], seconds: float) -> Alignment: ...
+
+
+class SpeechCore:
+    """One engine process around one speech runner. `clock` gives monotonic nanoseconds."""
+
+    def __init__(self, config: ServerConfig, index: int, epoch: int, runner: WindowRunner, sender: Sender,
+                 clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
+        model = config.models[config.engines()[index]]
+        self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
+        self.vocabulary = runner.vocabulary
+        pool = BlockPool(runner.num_blocks, runner.block_size, caching=False)    # a prefix depends on what was heard
+        self.scheduler = Scheduler(model.engine, pool, self._start, runner.release)
+        self.scheduler.by_priority = True
+        self.limits = SpeechLimits(vocabulary=runner.vocabulary, vocab_size=runner.vocab_size,
+                                   mels=int(runner.facts.get("mels", 0)), max_waiting=model.engine.max_waiting)
+        self.ladder = Ladder(runner.vocabulary)
+        self.outputs = PoolOutputs(index, epoch, sender)
+        self.stats = SpeechStats(registry or CollectorRegistry(), model.names[0], index, self.scheduler,
+                                 runner.vocabulary.max_length)
+        self.requests: dict[int, SpeechRequest] = {}
+        self.waiting: list[Window] = []                      # not encoded, in `order`
+        self._over = Tombstones(65_536)                      # submissions that ended: what comes of them is dropped
+        self._frontends: dict[int, int] = {}                 # newest epoch known
+        self._num_frontends = config.frontends
+        self._census_ns = int(config.timeouts.census_s * 1e9)
+        self._next_census_ns = clock() + self._census_ns
+        self._next_deadline_ns: int | None = None
+        self._retry_ns: int | None = None
+        self._debt_ns = 0.0                                  # time owed to decoding
+        self._arrival = 0
+        self._failed = 0
+
+    # ---- messages ------------------------------------------------------------------------------------------------
+
+    def handle(self, message: Any) -> None:
+        self._retry_ns = None
+        if isinstance(message, SpeechAdd):
+            self._add(message)
+        elif isinstance(message, Abort):
+            try:
+                rids = unpack_rids(message.rids)
+            except ValueError:
+                raise BadFrame("an abort of ragged ids") from None
+            for rid in rids:
+                self._abort(rid)
+        else:
+            raise BadFrame(f"{type(message).__name__} is not for a speech engine")
+
+    def _add(self, add: SpeechAdd) -> None:
+        rid, now = add.rid, self._clock()
+        if ((add.route.engine, add.route.engine_epoch) != (self.index, self.epoch) or child(rid)
+                or frontend_index(rid) >= self._num_frontends):
+            return self.stats.drop("misrouted")              # meant for our predecessor
+        if self._orphaned(rid):
+            return self.stats.drop("frontend_gone")
+        if self._over.holds(rid, now):
+            return self.stats.drop("aborted")                # or failed: the rest of a request that ended
+        request = self.requests.get(rid)
+        try:
+            check(add, self.limits, 0 if request is not None else len(self.requests))
+        except QuartetError as error:
+            self.stats.refused.inc()
+            if request is None:
+                self._over.add(rid, now)
+                self.outputs.fail(rid, error)
+            else:
+                self._fail(request, error)
+            return None
+        if request is None:
+            request = self.requests[rid] = self._request(add, now)
+        given = add.window
+        if given.index in request.seen:
+            return self.stats.drop("duplicate")
+        request.seen.add(given.index)
+        if given.last:
+            request.total = given.index + 1
+        window = request.windows[given.index] = Window(request, given, given.features)
+        given.features = given.features[:0]
+        insort(self.waiting, window, key=_order)
+        return None
+
+    def _request(self, add: SpeechAdd, now: int) -> SpeechRequest:
+        params, vocabulary = add.params, self.vocabulary
+        self._arrival += 1
+        if add.deadline_ns:
+            self._next_deadline_ns = min(add.deadline_ns, self._next_deadline_ns or add.deadline_ns)
+        previous = vocabulary.encode(params.hotwords) + vocabulary.encode(params.prompt)
+        return SpeechRequest(
+            rid=add.rid, route=add.route, params=params, deadline_ns=add.deadline_ns, priority=add.priority,
+            alone=add.alone, arrival=self._arrival, arrived_ns=now, previous=previous,
+            language=params.language if vocabulary.multilingual else None, seen=set(unpack_ids(add.done)))
+
+    def _abort(self, rid: int) -> None:
+        request = self.requests.get(family(rid))
+        if request is None:
+            self._over.add(family(rid), self._clock())       # it may have overtaken its windows
+            self.stats.drop("unknown_abort")
+        else:
+            self._end(request)
+            self.outputs.forget(request.rid)
+
+    def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
+        if kind is not Kind.FRONTEND or epoch <= self._frontends.get(index, 0):
+            return
+        self._frontends[index] = epoch
+        self._retry_ns = None
+        self.outputs.peer_restarted(kind, index)
+        for request in [r for r in self.requests.values() if self._orphaned(r.rid)]:
+            self._end(request)
+
+    def _orphaned(self, rid: int) -> bool:
+        """Whether the frontend process that made `rid` is gone. A newer one than we know of is not."""
+        known = self._frontends.get(frontend_index(rid))
+        return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Encode a window or not, compute a step or not, then tell everyone."""
+        now = self._clock()
+        if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
+            self._expire(now)
+        for seq in self.scheduler.reap():
+            self._left(cast(Take, seq))
+        window = self._next_window()
+        if window is not None:
+            self._encode(window)
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._step(plan)
+        else:
+            self._debt_ns = 0.0
+        now = self._clock()
+        self._retry_ns = None if plan is not None or window is not None else now + RETRY_NS
+        if now >= self._next_census_ns:
+            self._census(now)
+        self.outputs.flush(now)
+
+    def _next_window(self) -> Window | None:
+        """The window to encode now: the first one whose language is known or that is to tell it."""
+        scheduler = self.scheduler
+        busy = bool(scheduler.running or scheduler.waiting)
+        if not self.runner.num_free or (busy and self._debt_ns > 0):
+            return None
+        if any(cast(Take, seq).alone for seq in (*scheduler.running, *scheduler.waiting)):
+            return None
+        for window in self.waiting:
+            request = window.request
+            if request.alone and busy:
+                continue
+            if request.language is not None or not self.vocabulary.multilingual:
+                return window
+            if request.detecting in (-1, window.given.index if window.given else -1):
+                return window
+        return None
+
+    def _encode(self, window: Window) -> None:
+        request, started = window.request, self._clock()
+        assert window.given is not None
+        self.waiting.remove(window)
+        try:
+            self.runner.encode([window])
+        except Exception as error:
+            log.error("a window could not be encoded", exc_info=error)
+            self._count_failure(error)
+            self._fail(request, _failure(error))
+            return
+        self._failed = 0
+        window.features = None
+        taken = self._clock() - started
+        self._debt_ns += taken * DECODE_SHARE
+        self.stats.encoded(window.given.seconds, taken / 1e9)
+        request.started_ns = request.started_ns or started
+        if request.language is None and self.vocabulary.multilingual:
+            request.detecting = window.given.index
+            self._try(window, self.ladder.detect(window))
+        else:
+            self._try(window, self.ladder.attempt(window))
+
+    def _try(self, window: Window, take: Take) -> None:
+        window.take = take
+        self.scheduler.add(take)
+
+    def _step(self, plan: StepPlan) -> None:
+        started = self._clock()
+        try:
+            results = self.runner.collect(self.runner.launch(plan))
+        except Exception as error:
+            log.error("step %d failed with %d windows", plan.number, len(plan.items), exc_info=error)
+            self.stats.step_errors.inc()
+            for seq in self.scheduler.abandon(plan):
+                self.scheduler.mark(seq, Finish.ERROR, _failure(error))
+            self._count_failure(error)
+            return
+        self._failed = 0
+        generated = 0
+        for seq, result in self.scheduler.collect(plan, results):
+            generated += result.token is not None
+            if seq.finish:
+                self._left(cast(Take, seq))
+        now = self._clock()
+        self._debt_ns = max(0.0, self._debt_ns - (now - started))
+        self.stats.step(plan.num_tokens, generated, 0)
+
+    def _count_failure(self, error: Exception) -> None:
+        self._failed += 1
+        if self._failed >= MAX_FAILED:
+            raise error
+
+    def _start(self, seq: Any) -> None:
+        """The scheduler's hook: `seq` gets blocks now."""
+        self.runner.admit(seq)
+        seq.started_ns = seq.started_ns or self._clock()
+
+    def _left(self, take: Take) -> None:
+        """A sequence has ended, one way or the other."""
+        window = take.window
+        assert window is not None
+        request = window.request
+        self.stats.finished(take, self._clock())
+        if request.ended:
+            self.runner.let_go(window)
+        elif take.finish is Finish.ERROR:
+            assert take.error is not None
+            self._fail(request, take.error)
+        elif take.finish is Finish.ABORT:
+            self._end(request)
+        elif take.detect:
+            request.language = self.vocabulary.language_of(take.tokens[-1])
+            self._try(window, self.ladder.attempt(window))
+        else:
+            window.tokens += take.num_output
+            if self.ladder.judge(window, take):
+                self._settle(window)
+            else:
+                self.stats.fallbacks.inc()
+                self._try(window, self.ladder.attempt(window))
+
+    def _settle(self, window: Window) -> None:
+        """A window is done: tell its frontend what was said in it."""
+        request, given, best = window.request, window.given, window.best
+        assert given is not None
+        try:
+            alignment = None
+            if best is not None and request.params.words:
+                first = self.vocabulary.first_special
+                text = [token for token in best.output if token < first]
+                if text:
+                    prompt = self.vocabulary.prompt([], request.language, request.params.task == "translate", False)
+                    alignment = self.runner.align(window, prompt, text, given.seconds)
+            found = [] if best is None else segments(window, best, self.vocabulary, alignment)
+        except Exception as error:
+            log.error("a window's words could not be aligned", exc_info=error)
+            self._fail(request, _failure(error))
+            return
+        self.runner.let_go(window)
+        window.take = None
+        del request.windows[given.index]
+        self.outputs.put(Transcribed(
+            self.index, self.epoch, request.rid, given.index, given.last, given.start_s, given.seconds,
+            request.language or "", window.tokens, found))
+        if request.done:
+            self._end(request)
+
+    def _fail(self, request: SpeechRequest, error: QuartetError) -> None:
+        self._end(request)
+        self.outputs.forget(request.rid)
+        self.outputs.fail(request.rid, error)
+
+    def _end(self, request: SpeechRequest) -> None:
+        """Forget a request. Slots of windows that a sequence still reads go back when that has left."""
+        request.ended = True
+        del self.requests[request.rid]
+        self._over.add(request.rid, self._clock())
+        self.waiting = [window for window in self.waiting if window.request is not request]
+        for window in request.windows.values():
+            if window.take is not None and not window.take.finish:
+                self.scheduler.mark(window.take, Finish.ABORT)
+            else:
+                self.runner.let_go(window)
+        request.windows.clear()
+
+    def _expire(self, now: int) -> None:
+        for request in list(self.requests.values()):
+            if request.deadline_ns and request.deadline_ns <= now:
+                self._fail(request, QuartetError("timeout", "The request did not end within its time limit."))
+        self._next_deadline_ns = min((r.deadline_ns for r in self.requests.values() if r.deadline_ns), default=None)
+
+    def _census(self, now: int) -> None:
+        self._next_census_ns = now + self._census_ns
+        held: list[list[int]] = [[] for _ in range(self._num_frontends)]
+        for rid in self.requests:
+            held[frontend_index(rid)].append(rid)
+        for frontend, rids in enumerate(held):
+            self.outputs.census(frontend, rids)
+
+    # ---- for the stage -------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        scheduler = self.scheduler
+        return bool(scheduler.marked or (self._retry_ns is None and (
+            scheduler.running or scheduler.waiting or self.waiting)))
+
+    def accepting(self) -> bool:
+        return len(self.waiting) < MAX_HELD
+
+    def next_timer_ns(self) -> int | None:
+        timers = [self._next_census_ns]
+        if self._next_deadline_ns is not None:
+            timers.append(self._next_deadline_ns)
+        if self._retry_ns is not None and (self.scheduler.running or self.scheduler.waiting or self.waiting):
+            timers.append(self._retry_ns)
+        if self.outputs.retry_ns is not None:
+            timers.append(self.outputs.retry_ns)
+        return min(timers)
+
+    def load(self) -> Load:
+        scheduler = self.scheduler
+        return Load(running=len(scheduler.running), waiting=scheduler.num_waiting + len(self.waiting),
+                    waiting_tokens=0, kv_used=scheduler.pool.num_used, kv_total=scheduler.pool.num_blocks - 1)
+
+    def assert_invariants(self) -> None:
+        """Called by tests after each turn."""
+        self.scheduler.assert_invariants()
+        assert self.waiting == sorted(self.waiting, key=_order)
+        for rid, request in self.requests.items():
+            assert rid == request.rid and not request.ended
+            for index, window in request.windows.items():
+                assert index in request.seen and (window.audio < 0) == (window in self.waiting)
+                assert window in self.waiting or (window.take is not None and not window.take.finish)
+
+
+def _order(window: Window) -> tuple[int, int, int]:
+    return window.order
+
+
+def _failure(error: Exception) -> QuartetError:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return QuartetError("out_of_memory", "The server ran out of memory under this request.")
+    return QuartetError("internal_error", "The engine could not compute this request.")

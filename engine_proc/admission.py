@@ -82,6 +82,8 @@ def check(add: Add, limits: Limits, num_waiting: int) -> None:
     _check_ids(add.ids, limits.vocab_size, "prompt")
     _check_ids(add.history, limits.vocab_size, "prompt")
     check_sampling(add.sampling, limits.vocab_size)
+    if add.sampling.beam is not None and add.history:
+        raise QuartetError("internal_error", "A beam search begins at its prompt.")
     num_prompt = len(add.ids) // 4
     _check_prompt_logprobs(add.sampling.prompt_logprobs, num_prompt)
     if num_prompt + (add.sampling.max_tokens > 0) > limits.max_model_len:

@@ -18,9 +18,10 @@ from prometheus_client import CollectorRegistry
 from engine_proc.admission import Limits, Tombstones, check, sequences
 from engine_proc.blocks import BlockPool
 from engine_proc.outputs import Outputs
-from engine_proc.plan import Runner, StepPlan
+from engine_proc.plan import ItemResult, Runner, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.scheduler import Scheduler, order
+from engine_proc.searches import Searches
 from engine_proc.stats import Stats
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
@@ -52,6 +53,7 @@ class EngineCore:
         self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
         pool = BlockPool(runner.num_blocks, runner.block_size, engine.enable_prefix_caching)
         self.scheduler = Scheduler(engine, pool, self._start, runner.release)
+        self.searches = Searches(self.scheduler)
         self.limits = Limits(
             max_model_len=model.max_model_len, capacity=pool.capacity, vocab_size=runner.vocab_size,
             eos_ids=model.eos_ids, max_waiting=engine.max_waiting)
@@ -89,7 +91,7 @@ class EngineCore:
             seq = self.sequences.get(message.rid)
             if seq is None:
                 self.stats.drop("unknown_stop")              # it ended meanwhile
-            elif not seq.mark:
+            elif not seq.mark and seq.search is None:
                 seq.num_kept = message.n_tokens
                 self.scheduler.mark(seq, Finish.STOP_STRING)
         else:
@@ -117,16 +119,19 @@ class EngineCore:
             return None
         children = [0, *(j for j in range(1, add.n) if not self._aborted.holds(rid + j, now))]
         group = sequences(add, children, self.limits, self._arrival, now)
-        self._arrival += add.n
         self.outputs.admit(rid, add.ids)
         self.families[family(rid)] = list(group)
+        beam = add.sampling.beam if not group[0].finish else None
         for seq in group:
             self.sequences[seq.rid] = seq
             if seq.finish:
                 self._finish(seq, now)
                 self.outputs.emit(seq)
-            else:
+            elif beam is None:
                 self.scheduler.add(seq)
+        if beam is not None:
+            self.searches.open(group, self._arrival)
+        self._arrival += add.n if beam is None else beam.width
         if add.deadline_ns:
             self._next_deadline_ns = min(add.deadline_ns, self._next_deadline_ns or add.deadline_ns)
         return None
@@ -157,9 +162,9 @@ class EngineCore:
         known = self._peers.get((Kind.FRONTEND, frontend_index(rid)))
         return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
 
-    def _mark(self, seqs: Iterable[Sequence]) -> None:
+    def _mark(self, seqs: Iterable[Sequence], how: Finish = Finish.ABORT, error: QuartetError | None = None) -> None:
         for seq in seqs:
-            self.scheduler.mark(seq, Finish.ABORT)
+            (self.scheduler if seq.search is None else self.searches).mark(seq, how, error)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -169,10 +174,13 @@ class EngineCore:
         if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
             self._expire(now)
         moved = False
-        for seq in self.scheduler.reap():
+        for seq in (*self.searches.reap(), *self.scheduler.reap()):
             moved = True
-            self._finish(seq, now)
-            self.outputs.emit(seq)
+            if seq.rid < 0:
+                self._searched(seq, ItemResult(), now)
+            else:
+                self._finish(seq, now)
+                self.outputs.emit(seq)
         plan = None
         if not (self._in_flight and isinstance(self._in_flight[-1][1], _LaunchFailed)):
             self.scheduler.stalled = self.outputs.stalled
@@ -213,6 +221,9 @@ class EngineCore:
         now, emit = self._clock(), self.outputs.emit
         generated = prompt_tokens = 0
         for seq, result in self.scheduler.collect(plan, results):
+            if seq.rid < 0:
+                generated += self._searched(seq, result, now)
+                continue
             if result.token is not None:
                 generated += 1
                 if not seq.first_token_ns:
@@ -223,6 +234,16 @@ class EngineCore:
                 self._finish(seq, now)
             emit(seq, result.logprobs)
         self.stats.step(plan.num_tokens, generated, prompt_tokens)
+
+    def _searched(self, seq: Sequence, result: ItemResult, now: int) -> int:
+        """A sequence of a beam search has ended; the output tokens of the choices that end with it."""
+        generated = 0
+        for choice, logprobs in self.searches.collected(seq, result):
+            choice.first_token_ns = now
+            generated += choice.num_output
+            self._finish(choice, now)
+            self.outputs.emit(choice, logprobs)
+        return generated
 
     def _step_failed(self, plan: StepPlan, error: Exception) -> None:
         """The runner itself failed: end what the step held. The steps launched after it rest on it and go with it."""
@@ -272,7 +293,7 @@ class EngineCore:
         later = []
         for seq in self.sequences.values():
             if seq.deadline_ns and seq.deadline_ns <= now:
-                self.scheduler.mark(seq, Finish.ERROR, error)
+                self._mark([seq], Finish.ERROR, error)
             elif seq.deadline_ns:
                 later.append(seq.deadline_ns)
         self._next_deadline_ns = min(later, default=None)
@@ -289,7 +310,7 @@ class EngineCore:
 
     def has_work(self) -> bool:
         scheduler = self.scheduler
-        return bool(self._in_flight or scheduler.marked
+        return bool(self._in_flight or scheduler.marked or self.searches.marked
                     or (self._retry_ns is None and (scheduler.running or scheduler.waiting)))
 
     def accepting(self) -> bool:
@@ -317,6 +338,8 @@ class EngineCore:
         self.scheduler.assert_invariants(list(dying))
         held = [*self.scheduler.running, *self.scheduler.waiting,
                 *(seq for group in self.scheduler.parked.values() for seq in group)]
+        computed = [seq for seq in held if seq.search is not None]
+        held = [seq for seq in held if seq.search is None] + self.searches.assert_invariants(computed)
         assert {seq.rid: seq for seq in held} == self.sequences
         assert sorted(seq.rid for group in self.families.values() for seq in group) == sorted(self.sequences)
         assert all(self.families.values()) and not any(seq.finish for seq in held)

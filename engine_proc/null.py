@@ -20,7 +20,7 @@ from zlib import crc32
 
 import numpy as np
 
-from engine_proc.plan import ItemResult, StepPlan
+from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from pipeline.config import EngineConfig
 from pipeline.errors import StartError
@@ -126,6 +126,8 @@ class NullRunner:
             sampled = self._sampled[seq.rid]
             sampled.append(result.token)
             del sampled[:-self.depth - 2]             # no more can be in flight
+            if seq.sampling.beam is not None:
+                result.candidates = _candidates(result.token, 2 * seq.sampling.beam.width, self.vocab_size)
             if seq.sampling.logprobs is not None:
                 result.logprobs = _logprobs([result.token], seq.sampling.logprobs, self.vocab_size)
         if score:
@@ -138,6 +140,13 @@ def _hang() -> NoReturn:
     """What a loop looks like that has work and never turns again."""
     while True:
         time.sleep(1.0)
+
+
+def _candidates(token: int, count: int, vocab_size: int) -> Candidates:
+    """The id and those that follow it by number, each half as likely as the one before."""
+    ids = (token + np.arange(min(count, vocab_size))) % vocab_size
+    scores = -np.log(2.0) * np.arange(1, len(ids) + 1, dtype=np.float32)
+    return Candidates(ids, scores, scores)
 
 
 def _logprobs(ids: Ids[int], k: int, vocab_size: int) -> Logprobs:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine_proc.repetition import RepetitionWatch
 from pipeline.errors import QuartetError
 from pipeline.messages import Add, Finish, Logprobs, Route
 from pipeline.params import DetokSpec, SamplingParams
+
+if TYPE_CHECKING:
+    from engine_proc.beams import BeamSearch
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +58,7 @@ class Sequence:
     num_prompt_scored: int = 0               # leading positions whose logits gave prompt logprobs
     arrived_ns: int = 0
     watch: RepetitionWatch | None = None     # of its output, where the request wants it to end when it repeats itself
+    search: BeamSearch | None = None         # of the choices of a beam search, and of the sequences that feed it
     started_ns: int = 0                      # first scheduled
     first_token_ns: int = 0
 
@@ -77,6 +82,8 @@ class Sequence:
 
     def verdict(self) -> Finish:
         """How the newest output id ends it: end of sequence, stop id, length, or not at all."""
+        if self.search is not None:
+            return Finish.LENGTH                      # it was to give one token's candidates
         token = self.tokens[-1]
         repeats = self.watch is not None and self.watch.push(token)
         if token in self.stops and self.num_output > self.sampling.min_tokens:

@@ -51,6 +51,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []            # in `order`
         self.parked: dict[int, list[Sequence]] = {}  # leader's rid -> siblings that wait for its prompt
         self.marked: list[Sequence] = []
+        self.retired: list[Sequence] = []            # ended, but those that continue them may share their blocks
         self.num_parked = 0
         self.num_dying = 0                           # finished, but a step in flight still holds their blocks
         self.num_steps_in_flight = 0
@@ -72,7 +73,7 @@ class Scheduler:
         assert len(seq.tokens) <= self.pool.capacity, "refused at admission"
         if not self.by_priority:
             seq.priority = 0
-        if seq.leader is not None:
+        if seq.leader is not None and seq.search is None:
             self.parked.setdefault(seq.leader.rid, []).append(seq)
             self.num_parked += 1
         else:
@@ -127,11 +128,22 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if self.num_preemptions == preemptions and self.waiting:
             self._start_waiting(budget, singles, chunks, copies)
+        if self.retired:
+            self.free_retired()
+            if self.waiting and not (singles or chunks):      # there may have been no room beside them
+                self._start_waiting(budget, singles, chunks, copies)
         if not singles and not chunks:
             return None
         self.num_steps += 1
         self.num_steps_in_flight += 1
         return StepPlan(number=self.num_steps, items=singles + chunks, copies=copies)
+
+    def free_retired(self) -> None:
+        """Whoever was to share their blocks has had the chance."""
+        for seq in self.retired:
+            self.pool.free(seq.block_table)
+            seq.block_table = []
+        self.retired = []
 
     def _take(self, seq: Sequence, count: int) -> PlanItem:
         start = seq.num_scheduled
@@ -169,8 +181,8 @@ class Scheduler:
 
     def _start(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
         """Move `seq` from waiting to running with blocks for all of its tokens; False when they are not there."""
-        pool, size = self.pool, self.pool.block_size
-        shared, partial = self._prefix(seq)
+        pool = self.pool
+        shared, partial, computed = self._prefix(seq)
         total = pool.blocks_for(len(seq.tokens))
         spare = len(self.running)                     # each running one may soon need a block more
         if total - len(shared) + pool.num_idle(shared) + spare > pool.num_free:
@@ -182,33 +194,33 @@ class Scheduler:
             return True
         pool.share(shared)
         seq.block_table = shared + pool.allocate(total - len(shared))
-        computed = len(shared) * size
         if partial:
             copies.append((partial, seq.block_table[len(shared)]))
-            computed = seq.num_prompt - 1
         self._dequeue(seq)
         insort(self.running, seq, key=order)
         seq.num_computed = seq.num_scheduled = computed
-        if not seq.preemptions:
+        if not seq.preemptions and not (seq.search is not None and seq.leader is not None):
             seq.num_cached = seq.leader.num_cached if seq.leader else min(computed, seq.num_prompt)
             self.cache_queries += seq.num_prompt
             self.cache_hits += seq.num_cached
         seq.leader = None
         return True
 
-    def _prefix(self, seq: Sequence) -> tuple[list[int], int]:
-        """Blocks that hold the beginning of `seq` already, and one whose beginning is to be copied (0: none)."""
+    def _prefix(self, seq: Sequence) -> tuple[list[int], int, int]:
+        """Blocks that hold the beginning of `seq` already, one whose beginning is to be copied (0: none), and how many
+        tokens they hold together."""
         if seq.unscored:
-            return [], 0
-        pool, leader, reusable = self.pool, seq.leader, seq.num_prompt - 1
+            return [], 0, 0
+        pool, leader = self.pool, seq.leader
+        reusable = (seq.num_prompt if seq.search is None else len(seq.tokens)) - 1
         if pool.caching:
             pool.extend_hashes(seq.block_hashes, seq.tokens, seq.salt)
         found = pool.lookup(seq.block_hashes, seq.tokens)
         if (leader is not None and leader.block_table
                 and leader.num_computed >= reusable > len(found) * pool.block_size):
             full, rest = divmod(reusable, pool.block_size)
-            return leader.block_table[:full], leader.block_table[full] if rest else 0
-        return found, 0
+            return leader.block_table[:full], leader.block_table[full] if rest else 0, reusable
+        return found, 0, len(found) * pool.block_size
 
     def _make_room(self, index: int) -> bool:
         """A free block for `running[index]`, pre-empting newer sequences; False when it has to wait or went itself."""
@@ -335,6 +347,9 @@ class Scheduler:
             self.running.remove(seq)
             if seq.num_in_flight:
                 self.num_dying += 1
+            elif seq.search is not None and finish is Finish.LENGTH:
+                self._release(seq)
+                self.retired.append(seq)
             else:
                 self._give_back(seq)
         elif leader is not None and seq in self.parked.get(leader.rid, ()):
@@ -369,6 +384,7 @@ class Scheduler:
         assert all(self.parked.values())
         assert self.waiting_tokens == sum(len(seq.tokens) for seq in self.waiting)
         assert len(self.running) + self.num_dying <= self.max_num_seqs
+        assert all(seq.finish and seq.search is not None and seq.slot < 0 for seq in self.retired)
         assert len(self.running) == 1 or not any(seq.alone for seq in self.running)
         for seq in self.running:
             assert not seq.finish and seq.leader is None
@@ -383,4 +399,4 @@ class Scheduler:
         else:
             assert self.num_dying == len(dying)
         if dying is not None or not self.num_dying:
-            self.pool.assert_invariants([seq.block_table for seq in (*self.running, *(dying or ()))])
+            self.pool.assert_invariants([seq.block_table for seq in (*self.running, *self.retired, *(dying or ()))])

@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "include_reasoning": (True,), "logits_processors": ([],),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
     "routed_experts_prompt_start": (0,), "thinking_token_budget": (-1,), "tool_choice": ("none",), "tools": ([],),
-    "use_beam_search": (False,), "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
+    "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
 }
 
 

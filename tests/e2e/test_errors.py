@@ -39,7 +39,7 @@ BAD = [
     ("/v1/completions", {**COMPLETION, "suffix": "x"}, 400, "suffix"),
     ("/v1/completions", {**COMPLETION, "use_beam_search": True, "stream": True}, 400, "use_beam_search"),
     ("/v1/completions", {**COMPLETION, "use_beam_search": True, "temperature": 0.5}, 400, "temperature"),
-    ("/v1/completions", {**COMPLETION, "bad_words": ["w%d" % i for i in range(100)]}, 400, "bad_words"),
+    ("/v1/completions", {**COMPLETION, "bad_words": [f"w{i}" for i in range(100)]}, 400, "bad_words"),
     ("/v1/completions", {**COMPLETION, "allowed_token_ids": []}, 400, "allowed_token_ids"),
     ("/v1/completions", {**COMPLETION, "model": "other"}, 404, "model"),
     ("/v1/completions", {**COMPLETION, "prompt": "word " * 30000}, 400, None),

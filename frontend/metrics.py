@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from frontend.admission import Admission
 from frontend.pool_schema import MAX_INPUTS
 from frontend.pools import PoolRequest
+from frontend.recordings import RecordingRequest
 from frontend.request import Request
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
@@ -50,6 +51,8 @@ class FrontendMetrics:
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
         self._seconds = Histogram("http_request_duration_seconds", "Duration of HTTP requests.", ["handler", "method"],
                                   buckets=(.1, .5, 1), registry=registry)
+        self._audio_s = Counter("quartet:transcribed_seconds", "Seconds of sound that were transcribed.", ["model_name"],
+                                registry=registry)
         self._aborts = Counter("quartet:aborts", "Requests that were not completed.", ["reason"], registry=registry)
         self._rejections = Counter("quartet:rejections", "Requests answered with an error.", ["code"],
                                    registry=registry)
@@ -77,7 +80,7 @@ class FrontendMetrics:
     def next_token(self, request: Request, seconds: float) -> None:
         self._itl[request.spec.model].observe(seconds)
 
-    def closed(self, request: Request | PoolRequest, reason: AbortReason | None) -> None:
+    def closed(self, request: Request | PoolRequest | RecordingRequest, reason: AbortReason | None) -> None:
         if reason is not None:
             self._aborts.labels(reason.name.lower()).inc()
 
@@ -101,6 +104,11 @@ class FrontendMetrics:
         """A pooling request was computed."""
         self._e2e[request.spec.model].observe(seconds)
         self._inputs[request.spec.model].observe(len(request.rows))
+
+    def transcribed(self, request: RecordingRequest, seconds: float) -> None:
+        """A recording was transcribed."""
+        self._e2e[request.spec.model].observe(seconds)
+        self._audio_s.labels(self._models[request.spec.model]).inc(request.duration_s)
 
     def generated(self, request: Request, max_tokens: int, seconds: float) -> None:
         """A request was answered completely."""

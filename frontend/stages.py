@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.beacon import FRESH_S, Heard
-from pipeline.config import POOLING_TASKS, ServerConfig
+from pipeline.config import DIRECT_TASKS, ServerConfig
 from pipeline.messages import Kind, Route, State
 
 Latest = Mapping[tuple[Kind, int], Heard]
@@ -101,7 +101,7 @@ class Stages:
         return (not self.failed(model)
                 and any(self.healthy(Kind.ENGINE, i) for i in self.engines_of(model))
                 and any(self.healthy(Kind.TOKENIZER, i) for i in range(self._config.tokenizers))
-                and (self._config.models[model].task in POOLING_TASKS
+                and (self._config.models[model].task in DIRECT_TASKS
                      or any(self.healthy(Kind.DETOKENIZER, i) for i in range(self._config.detokenizers))))
 
     # ---- choosing ----
@@ -132,7 +132,7 @@ class Stages:
 
     def available(self, model: int) -> bool:
         """Whether a route exists."""
-        if self._config.models[model].task in POOLING_TASKS:
+        if self._config.models[model].task in DIRECT_TASKS:
             return self.pool_route(model, {}, {}) is not None
         return self.route(model, 0, {}, {}) is not None
 

@@ -13,6 +13,7 @@ from frontend.admission import Permit
 from frontend.collector import size_of, tail
 from frontend.pools import PoolRequest, Pools, PoolSpec
 from frontend.queries import Queries, Query, QueryMessage
+from frontend.recordings import RecordingRequest, Recordings, RecordingSpec
 from frontend.request import Choice, Prompt, Request, Spec, Submission
 from frontend.stages import Stages
 from frontend.submissions import ALONE_AFTER, Submissions
@@ -36,6 +37,7 @@ from pipeline.messages import (
     Route,
     TextDelta,
     TokenizeAnswer,
+    Transcribed,
     Usage,
     pack_rids,
     unpack_ids,
@@ -54,7 +56,7 @@ class Observer(Protocol):
 
     def first_token(self, request: Request, seconds: float) -> None: ...
     def next_token(self, request: Request, seconds: float) -> None: ...
-    def closed(self, request: Request | PoolRequest, reason: AbortReason | None) -> None: ...
+    def closed(self, request: Request | PoolRequest | RecordingRequest, reason: AbortReason | None) -> None: ...
     def resubmitted(self, why: str) -> None: ...
     def unknown(self, what: str) -> None: ...
 
@@ -70,13 +72,15 @@ class RequestTable:
         self._submissions = Submissions(rids, stages, sender, now_ns)
         self.queries = Queries(rids, stages, sender, self._submissions.tokenizer_load, now_ns)
         self.pools = Pools(rids, stages, sender, now_ns, observer, self._submissions.tokenizer_load)
+        self.recordings = Recordings(rids, stages, sender, now_ns, observer, self._submissions.tokenizer_load)
         self._handlers: dict[type, Callable[[Any], None]] = {
             Deltas: self._on_deltas, Admitted: self._on_admitted, Failed: self._on_failed, Census: self._on_census,
             TokenizeAnswer: self.queries.answered, DetokenizeAnswer: self.queries.answered,
-            Pooled: self.pools.on_pooled, PoolHanded: self.pools.on_handed}
+            Pooled: self.pools.on_pooled, PoolHanded: self.pools.on_handed,
+            Transcribed: self.recordings.on_transcribed}
 
     def __len__(self) -> int:
-        return len(self._requests) + len(self.queries) + len(self.pools)
+        return len(self._requests) + len(self.queries) + len(self.pools) + len(self.recordings)
 
     # ---- for readers -----------------------------------------------------------------------------------------
 
@@ -110,6 +114,19 @@ class RequestTable:
             raise
         return self.pools.open(spec, wake, permit)
 
+    def record(self, spec: RecordingSpec, wake: Callable[[], None], permit: Permit | None = None) -> RecordingRequest:
+        """Accept a recording; `wake` is called when `take` may give more. Close it with `recordings.close`.
+
+        QuartetError leaves the file to the caller.
+        """
+        try:
+            self._check_open(spec.model)
+        except QuartetError:
+            if permit is not None:
+                permit.release()
+            raise
+        return self.recordings.open(spec, wake, permit)
+
     def query(self, make: QueryMessage, wake: Callable[[], None], deadline_ns: int) -> Query:
         """Ask a tokenizer; `make` builds the message from a fresh id and the tokenizer's epoch."""
         if self.draining:
@@ -136,6 +153,7 @@ class RequestTable:
             self._fail(request, error, AbortReason.SHUTDOWN)
         self.queries.fail_all(error)
         self.pools.fail_all(error)
+        self.recordings.fail_all(error)
 
     # ---- from the stages -------------------------------------------------------------------------------------
 
@@ -151,6 +169,7 @@ class RequestTable:
         if kind is Kind.TOKENIZER:
             self.queries.tokenizer_restarted(index, epoch)
         self.pools.stage_restarted(kind, index, epoch)
+        self.recordings.stage_restarted(kind, index, epoch)
         lost = [s for s in self._submissions if s.route is not None and _held_by(s, s.route, kind, index, epoch)]
         if kind is Kind.ENGINE:
             for submission in lost:
@@ -162,6 +181,7 @@ class RequestTable:
         """Beacons have arrived: a stage that was waited for may be ready."""
         self._submissions.flush()
         self.pools.flush()
+        self.recordings.flush()
 
     def tick(self) -> None:
         """Called about ten times a second: deadlines, models that were given up, and what waits for a stage."""
@@ -176,7 +196,8 @@ class RequestTable:
             if submission.request.spec.deadline_ns and now > submission.request.spec.deadline_ns:
                 self._fail(submission.request, _timeout(), AbortReason.DEADLINE)
         self.queries.tick()
-        self.pools.tick(int(DEADLINE_GRACE_S * 1e9), _timeout(), self._stages.failed, _unavailable())
+        for others in (self.pools, self.recordings):
+            others.tick(int(DEADLINE_GRACE_S * 1e9), _timeout(), self._stages.failed, _unavailable())
         self._submissions.flush()
 
     def _check_open(self, model: int) -> None:
@@ -339,7 +360,8 @@ class RequestTable:
             submission = self._submissions.get(item.rid)
             if submission is not None and (child(item.rid) == 0 or self._submissions.find(item.rid) is not None):
                 self._fail(submission.request, _error_of(item), AbortReason.ERROR)
-            elif not (self.queries.failed(item.rid, _error_of(item)) or self.pools.on_failed(item.rid, _error_of(item))):
+            elif not any(take(item.rid, _error_of(item)) for take in (
+                    self.queries.failed, self.pools.on_failed, self.recordings.on_failed)):
                 self._observer.unknown("failed")
 
     def _on_census(self, message: Census) -> None:
@@ -350,7 +372,8 @@ class RequestTable:
             held = set(unpack_rids(message.rids))
         except ValueError:
             raise BadFrame("a census of ragged ids") from None
-        orphans = [rid for rid in held if self._submissions.get(rid) is None and not self.pools.knows(rid)]
+        orphans = [rid for rid in held if self._submissions.get(rid) is None
+                   and not (self.pools.knows(rid) or self.recordings.knows(rid))]
         if orphans:
             self._sender.send(_control(message.engine), Abort(pack_rids(orphans), AbortReason.ORPHAN))
         self.pools.on_census(message.engine, message.engine_epoch, held)
@@ -369,6 +392,7 @@ class RequestTable:
         """Every index agrees with every other one."""
         self._submissions.assert_invariants()
         self.pools.assert_invariants()
+        self.recordings.assert_invariants()
         families = {s.family for s in self._submissions}
         for request in self._requests:
             assert not request.closed and request.families <= families

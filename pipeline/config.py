@@ -18,6 +18,7 @@ from pipeline.exits import CONFIG
 from pipeline.messages import Kind
 
 POOLING_TASKS = ("embed", "classify", "score")     # of ModelConfig.task: these models give numbers, not text
+DIRECT_TASKS = (*POOLING_TASKS, "transcribe")      # whose results pass no detokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

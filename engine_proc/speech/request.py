@@ -58,7 +58,8 @@ class Window:
     @property
     def order(self) -> tuple[int, int, int]:
         """Who goes first: early windows of any request ahead of late ones, so that short files pass long ones."""
-        return self.request.priority, self.given.index, self.request.arrival
+        index = self.given.index if self.given is not None else 0
+        return self.request.priority, index, self.request.arrival
 
 
 @dataclass(slots=True, eq=False)

@@ -17,17 +17,17 @@ def choose(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: sampler.Argma
 
     `argmax` gives both for rows whose forbidden tokens are minus infinity.
     """
-    random = np.flatnonzero(rows.temperature > 0)
-    if not (len(random) or rows.bias or rows.banned or (rows.penalty >= 0).any()):
+    if rows.plain:
         return argmax(logits)
+    random = np.flatnonzero(rows.temperature > 0)
     valid = ~torch.isnan(logits).any(dim=-1)
     adjusted = sampler.adjust(logits, rows, slots, keep=True)
     tokens = adjusted.argmax(dim=-1)
     if len(random):
         uniform = torch.from_numpy(sampler.uniforms(rows.seed[random], rows.choice[random], rows.position[random]))
         index = torch.from_numpy(random)
-        tokens[index] = sampler.draw(adjusted[index], rows, random, uniform)
-    slots.count(rows, tokens)
+        tokens[index] = sampler.invert(sampler.weigh(adjusted[index], rows, random), uniform)
+    slots.note(rows, tokens)
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
     return tokens, torch.where(valid, logprobs, float("nan"))
 

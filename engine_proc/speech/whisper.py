@@ -157,8 +157,8 @@ class Whisper:
             x = x + F.linear(mixed, *layer.out)
             x = x + F.linear(F.gelu(F.linear(_norm(x, layer.mlp_norm), *layer.up)), *layer.down)
         x = _norm(x, self._encoder_norm)
-        for number, layer in enumerate(self._decoder):
-            k, v = F.linear(x, *layer.cross_kv).view(len(x), 2, self.shape.decoder_heads, -1).unbind(1)
+        for number, decoding in enumerate(self._decoder):
+            k, v = F.linear(x, *decoding.cross_kv).view(len(x), 2, self.shape.decoder_heads, -1).unbind(1)
             self.cross.write(number, slot, k, v)
 
     # ---- decoder -------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ directory. StartError with one sentence for whatever does not fit.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import keys, tls, tokenizer_files
-from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
+from pipeline import keys, pooling_files, served, tls, tokenizer_files
+from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe, task_of
 from pipeline.config import (
+    POOLING_TASKS,
     AccessLogConfig,
     CorsConfig,
     EdgeConfig,
@@ -28,6 +29,7 @@ from pipeline.errors import StartError
 from pipeline.exits import CONFIG
 from pipeline.families import table as families
 from pipeline.options import BY_KEY, nearest
+from pipeline.pooling_files import PoolingFiles
 from pipeline.settings import Settings
 from pipeline.values import TEMPLATE_NAMES, api_key
 
@@ -37,7 +39,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def check(settings: Settings) -> None:
-    """What can be said without the model; StartError with the first thing that is wrong."""
+    """What can be said without the models; StartError with the first thing that is wrong."""
+    if settings["max_request_bytes"] > settings["max_inflight_bytes"]:
+        raise _wrong("--max-request-bytes must not exceed --max-inflight-bytes.")
+    if settings["uds"] is not None and any(settings[key] != BY_KEY[key].default for key in ("host", "port")):
+        raise _wrong("--uds takes the place of --host and --port: give one or the other.")
+    if settings["api_key_file"] is not None:
+        keys_in(Path(settings["api_key_file"]).expanduser())
+    _check_edge(settings)
+    _check_web(settings)
+    for one in served.model_settings(settings):
+        _check_model(one)
+
+
+def _check_model(settings: Settings) -> None:
+    """What must hold between the options of one model."""
     budget, chunk = settings["max_num_batched_tokens"], settings["max_prefill_chunk"]
     if budget < settings["max_num_seqs"]:
         raise _wrong(f"--max-num-batched-tokens ({budget}) must be at least --max-num-seqs "
@@ -48,20 +64,14 @@ def check(settings: Settings) -> None:
         raise _wrong("--kv-cache-memory-bytes and --num-kv-blocks exclude each other.")
     if settings["null_step"] and settings["null_engine"] is None:
         raise _wrong("--null-step needs --null-engine.")
-    if settings["max_request_bytes"] > settings["max_inflight_bytes"]:
-        raise _wrong("--max-request-bytes must not exceed --max-inflight-bytes.")
-    if settings["uds"] is not None and any(settings[key] != BY_KEY[key].default for key in ("host", "port")):
-        raise _wrong("--uds takes the place of --host and --port: give one or the other.")
     if len(set(settings["served_model_name"])) != len(settings["served_model_name"]):
         raise _wrong("--served-model-name holds a name twice.")
     unknown = set(settings["override_generation_config"] or ()) - set(GENERATION_DEFAULTS)
     if unknown:
         name = sorted(unknown)[0]
         raise _wrong(f"--override-generation-config has an unknown key '{name}'" + nearest(name, GENERATION_DEFAULTS))
-    if settings["api_key_file"] is not None:
-        keys_in(Path(settings["api_key_file"]).expanduser())
-    _check_edge(settings)
-    _check_web(settings)
+    if settings["runner"] == "generate" and settings["convert"] not in ("auto", "none"):
+        raise _wrong("--convert needs --runner pooling.")
     generation_directory(settings, Path("/"))
     chat_template(settings)
 
@@ -155,21 +165,30 @@ def generation_directory(settings: Settings, model: Path) -> Path | None:
 
 
 def model_config(settings: Settings, source: Source, directory: Path, tokenizer: Path) -> ModelConfig:
-    """The configuration of the one model, from its prepared directory."""
+    """The configuration of one model, from its prepared directory."""
     null = settings["null_engine"] is not None
     facts = describe(directory, tokenizer, generation_directory(settings, directory), weights=not null)
+    task = task_of(directory, settings["task"], settings["runner"], settings["convert"])
+    pooler = settings["pooler_config"] or {}
+    files = PoolingFiles() if task not in POOLING_TASKS else pooling_files.describe(directory, pooler)
     wanted, longest = settings["max_model_len"], facts.longest
+    length = min(facts.max_model_len, files.max_seq_length or facts.max_model_len)
+    if task not in POOLING_TASKS:
+        for key in ("pooler_config", "long_inputs"):
+            if settings.given(key):
+                raise _wrong(f"--{BY_KEY[key].name} is for pooling models, and '{source.name}' is there to {task}.")
     tools, reasoning = _parsers(settings, tokenizer)
     if wanted is not None and longest is not None and wanted > longest:
         raise _wrong(f"--max-model-len is {wanted}, and the model has a context of {longest} tokens.")
     return ModelConfig(
         names=settings["served_model_name"] or (source.name,), path=str(directory), source=source.where,
-        tokenizer="" if tokenizer == directory else str(tokenizer), max_model_len=wanted or facts.max_model_len,
+        tokenizer="" if tokenizer == directory else str(tokenizer), max_model_len=wanted or length, task=task,
         vocab_size=facts.vocab_size, trust_remote_code=settings["trust_remote_code"],
         chat_template=chat_template(settings), tool_parser=tools, reasoning_parser=reasoning,
         content_format=settings["chat_template_content_format"],
         chat_template_kwargs=settings["default_chat_template_kwargs"] or {}, eos_ids=facts.eos_ids,
-        replicas=settings["data_parallel_size"],
+        replicas=settings["data_parallel_size"], pooler=pooler, num_type_ids=facts.num_type_ids,
+        prompts=files.prompts, default_prompt=files.default_prompt or "", long_inputs=settings["long_inputs"],
         generation_defaults={**facts.generation_defaults, **_overrides(settings["override_generation_config"] or {})},
         engine=engine_config(settings))
 
@@ -206,11 +225,11 @@ def engine_config(settings: Settings) -> EngineConfig:
         logprobs_mode=settings["logprobs_mode"], threads=settings["threads"], kernels=settings["enable_kernels"])
 
 
-def server_config(settings: Settings, model: ModelConfig, *, run_dir: Path, log_dir: Path, port: int,
+def server_config(settings: Settings, models: Sequence[ModelConfig], *, run_dir: Path, log_dir: Path, port: int,
                   started_ns: int) -> ServerConfig:
     """The resolved configuration of this launcher's run; `port` is the one that was bound."""
     return ServerConfig(
-        run_dir=str(run_dir), log_dir=str(log_dir), models=(model,), log_level=settings["log_level"],
+        run_dir=str(run_dir), log_dir=str(log_dir), models=tuple(models), log_level=settings["log_level"],
         frontends=settings["frontends"], tokenizers=settings["tokenizers"], detokenizers=settings["detokenizers"],
         seed=settings["seed"], launcher_pid=os.getpid(), started_ns=started_ns,
         trust_request_chat_template=settings["trust_request_chat_template"],

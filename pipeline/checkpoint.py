@@ -23,6 +23,9 @@ MAX_JSON_BYTES = 256 * 2**20
 UNKNOWN_LENGTH = 2048               # context of a model that names none
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
                "max_sequence_length", "max_target_positions", "n_ctx")
+CLASS_HEADS = ("ForSequenceClassification", "ForTokenClassification")
+BODIES = ("Model", "ForMaskedLM", "ForPreTraining", "Encoder")       # what is left of an architecture's name without a head
+PADDED_POSITIONS = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text", "longformer")
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -48,6 +51,7 @@ class Description:
     vocab_size: int                          # rows of the logits
     eos_ids: tuple[int, ...]
     generation_defaults: dict[str, float | int | None]
+    num_type_ids: int = 1                    # token types that the model tells apart
 
 
 def locate(model: str | None) -> Source:
@@ -107,7 +111,54 @@ def describe(directory: Path, tokenizer: Path, generation: Path | None, *, weigh
     return Description(
         max_model_len=default, longest=longest, vocab_size=_positive(text.get("vocab_size")) or _vocabulary(tokenizer),
         eos_ids=_eos_ids(generated, text, tokenizer_config, tokenizer),
-        generation_defaults={} if generation is None else _defaults(generated))
+        generation_defaults={} if generation is None else _defaults(generated),
+        num_type_ids=_num_type_ids(text, tokenizer_config))
+
+
+def task_of(directory: Path, task: str, runner: str, convert: str) -> str:
+    """What the model in `directory` is for: generate, embed, classify, score or transcribe.
+
+    A head for classes tells a classifier (of one class: a scorer), a sentence-transformers layout or no head an
+    embedder, anything else generates text. `task`, `runner` and `convert` are the options; "auto" leaves it to the files.
+    """
+    if task != "auto":
+        return task
+    config = read_json(directory / "config.json")
+    architectures = config.get("architectures")
+    head = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    found = "generate"
+    if config.get("model_type") == "whisper":
+        found = "transcribe"
+    elif head.endswith(CLASS_HEADS):
+        found = "score" if _num_labels(config) == 1 else "classify"
+    elif (directory / "modules.json").exists() or _is_body(head):
+        found = "embed"
+    if runner == "generate":
+        if found in ("classify", "score", "embed") and (head.endswith(CLASS_HEADS) or _is_body(head)):
+            raise StartError(CONFIG, f"--runner generate: the model {directory} ({head or 'no head'}) cannot generate text.")
+        return found if found == "transcribe" else "generate"
+    if convert == "classify":
+        return "score" if _num_labels(config) == 1 else "classify"
+    if convert == "embed" or (runner == "pooling" and found == "generate" and convert == "auto"):
+        return "embed"
+    return found
+
+
+def _is_body(head: str) -> bool:
+    return head.endswith(BODIES) and not head.endswith("LMHeadModel")
+
+
+def _num_labels(config: dict[str, Any]) -> int:
+    """Classes of a classifier; without a word about them transformers assumes two."""
+    names, count = config.get("id2label"), config.get("num_labels")
+    return len(names) if isinstance(names, dict) and names else count if isinstance(count, int) else 2
+
+
+def _num_type_ids(text: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
+    inputs = tokenizer_config.get("model_input_names")
+    if isinstance(inputs, list) and "token_type_ids" not in inputs:
+        return 1
+    return _positive(text.get("type_vocab_size")) or 1
 
 
 def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
@@ -135,6 +186,9 @@ def _longest(text: dict[str, Any]) -> int | None:
     """The context length of the model. YaRN names the length before its extension; other scalings the one after."""
     lengths = [n for key in LENGTH_KEYS if (n := _positive(text.get(key))) is not None]
     longest = min(lengths, default=None)
+    if longest is not None and text.get("model_type") in PADDED_POSITIONS:       # positions begin behind the padding's
+        padding = text.get("pad_token_id")
+        longest -= (padding if isinstance(padding, int) else 1) + 1
     for key in ("rope_scaling", "rope_parameters"):
         rope = text.get(key)
         if longest is not None and isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":

@@ -14,8 +14,8 @@ from pipeline import __version__, exits
 from pipeline.errors import StartError
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint import Source
     from pipeline.config import ServerConfig
+    from pipeline.served import Served
     from pipeline.settings import Settings
     from pipeline.terminal import Terminal
 
@@ -91,20 +91,21 @@ def serve(arguments: list[str]) -> int:
     if settings.print_config:
         print(settings.show())
         return exits.OK
-    from pipeline import checkpoint
-    source = checkpoint.locate(settings["model"])
+    from pipeline import served
+    models = served.find(served.model_settings(settings))
     from pipeline.preparation import Stopped
     from pipeline.terminal import Terminal
     terminal = Terminal()
     try:
-        return _run(settings, source, terminal, started_ns, arguments)
+        return _run(settings, models, terminal, started_ns, arguments)
     except Stopped:
         return exits.OK
     finally:
         terminal.close()
 
 
-def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int, arguments: Sequence[str]) -> int:
+def _run(settings: Settings, models: Sequence[Served], terminal: Terminal, started_ns: int,
+         arguments: Sequence[str]) -> int:
     """Bind, prepare, and launch; or, with --check, prepare and describe without touching the port."""
     import dataclasses
 
@@ -124,19 +125,18 @@ def _run(settings: Settings, source: Source, terminal: Terminal, started_ns: int
             listeners = stack.enter_context(listen.bind(
                 settings["host"], settings["port"], settings["uds"], settings["frontends"],
                 "http" if settings["ssl_certfile"] is None else "https"))
-            terminal.line(f"Starting {source.name} (quartet {__version__}) ...")
+            terminal.line(f"Starting {', '.join(m.names[0] for m in models)} (quartet {__version__}) ...")
         run = stack.enter_context(rundir.RunDirectory(*rundir.parent_of_runs(settings["run_dir"], os.environ)))
         log_dir = rundir.log_directory(settings["log_dir"], run.path)
-        directory, tokenizer = preparation.prepare(
-            source, settings["tokenizer"], trust_remote_code=settings["trust_remote_code"],
-            null=settings["null_engine"] is not None, output=log_dir / "prepare.out", signals=signals,
-            terminal=terminal)
-        model = assemble.model_config(settings, source, directory, tokenizer)
+        prepared = preparation.prepare_all(models, log_dir, signals, terminal)
+        configs = [assemble.model_config(m.settings, m.source, *paths) for m, paths in zip(models, prepared)]
         if listeners is None:
-            terminal.line(f"{model.names[0]}: the configuration and the model's files are good; context "
-                          f"{model.max_model_len} tokens, vocabulary {model.vocab_size}.")
+            for model in configs:
+                task = "" if model.task == "generate" else f"task {model.task}, "
+                terminal.line(f"{model.names[0]}: the configuration and the model's files are good; {task}"
+                              f"context {model.max_model_len} tokens, vocabulary {model.vocab_size}.")
             return exits.OK
-        resolved = assemble.server_config(settings, model, run_dir=run.path, log_dir=log_dir, port=listeners.port,
+        resolved = assemble.server_config(settings, configs, run_dir=run.path, log_dir=log_dir, port=listeners.port,
                                           started_ns=started_ns)
         config.save(resolved, run.path / "config.json")
         return Launcher(resolved, run.path / "config.json", listeners, terminal, signals, reload=reload).run()

@@ -65,6 +65,7 @@ class ModelConfig:
     generation_defaults: dict[str, float | int | None] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()            # the first one is EOS, the rest count as stop ids
     replicas: int = 1
+    pooler: dict[str, Any] = field(default_factory=dict)     # --pooler-config, over what the model's files say
     num_type_ids: int = 1                    # token types that the model tells apart (two texts in one input)
     prompts: dict[str, str] = field(default_factory=dict)    # sentence-transformers: put ahead of a text, by name
     default_prompt: str = ""                 # the one that a request which names none gets

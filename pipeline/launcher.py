@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from pipeline import banner, sockets
 from pipeline.beacon import BeaconPublisher, BeaconWatcher
-from pipeline.config import ServerConfig, save
+from pipeline.config import POOLING_TASKS, ServerConfig, save
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG, CRASH_LOOP, MEMORY, MODEL_LOAD, OK
 from pipeline.listen import Listeners
@@ -36,6 +36,7 @@ QUICK_GRACE_S = 1.5                          # where nothing is worth waiting fo
 ABORT_GRACE_S = 5.0                          # for the stack dump of a hung stage
 TICK_MS = 1000
 BLIND_TICK_MS = 100                          # where the kernel gives no pidfds
+POOLING_NICE = 10                            # embeddings wait for chats where both want the processor
 STOOD_STILL_NS = 3 * S                       # a turn of our own loop that took longer: we were stopped ourselves
 
 
@@ -138,10 +139,25 @@ class Launcher:
         life.started(time.monotonic_ns())
         frontend = life.kind is Kind.FRONTEND
         fd = self._listeners.fd(life.index) if frontend else None
+        engine = life.kind is Kind.ENGINE
         self._children[life.kind, life.index] = Child(
             self._command(life.kind, self._config_path, life.index, life.epoch, fd),
-            environment=environment(one_thread=life.kind is not Kind.ENGINE),
+            environment=environment(one_thread=not engine, shared=len(self._config.engines()) > 1),
+            nice=POOLING_NICE if engine and self._gives_way(life.index) else 0,
             output=Path(self._config.log_dir) / f"{life.name}.out", pass_fds=() if fd is None else (fd,))
+
+    def _gives_way(self, engine: int) -> bool:
+        """Whether an engine is one of those that must not disturb the streams of a chat model."""
+        models, engines = self._config.models, self._config.engines()
+        return (engine < len(engines) and models[engines[engine]].task in POOLING_TASKS
+                and any(model.task == "generate" for model in models))
+
+    def _title(self, life: Life) -> str:
+        """What the terminal calls a process."""
+        engines = self._config.engines()
+        if life.kind is not Kind.ENGINE or len(self._config.models) == 1:
+            return life.name
+        return f"{life.name} ({self._config.models[engines[life.index]].names[0]})"
 
     def _on_death(self, life: Life, code: int, now: int) -> None:
         child = self._children.pop((life.kind, life.index))
@@ -157,7 +173,7 @@ class Launcher:
                                      and life.condemned_ns is None and life.ready_ns is None else "")
         if again:
             self._restarts.labels(stage=life.kind.name.lower()).inc()
-            self._terminal.line(f"{life.name} ended ({how}) and is started again.")
+            self._terminal.line(f"{self._title(life)} ended ({how}) and is started again.")
             return
         said = f"; it said: {words[-1]}" if words else "."
         members = given_up_with(self._config, life.kind, life.index)
@@ -167,7 +183,7 @@ class Launcher:
             self._fail(StartError(
                 CRASH_LOOP, f"{life.name} died {len(life.deaths)} times within 60 seconds ({how}){said}"))
             return
-        self._terminal.line(f"{life.name} died too often ({how}): its model is given up{said}")
+        self._terminal.line(f"{self._title(life)} died too often ({how}): its model is given up{said}")
         for member in members:
             if member in self._children:
                 self._children[member].signal(signal.SIGTERM)
@@ -185,11 +201,11 @@ class Launcher:
                 if life.ready_ns is None and beacon.state != State.STARTING:
                     life.ready_ns = now
                     if self._was_ready and not self._steps:
-                        self._terminal.line(f"{life.name} is ready again.")
+                        self._terminal.line(f"{self._title(life)} is ready again.")
                 elif beacon.state == State.STARTING and life.kind is Kind.ENGINE and not self._was_ready:
                     if beacon.phase not in (self._phases.get(member), "ready"):
                         self._phases[member] = beacon.phase
-                        self._terminal.progress(f"{life.name}: {beacon.phase}")
+                        self._terminal.progress(f"{self._title(life)}: {beacon.phase}")
             if self._told_to_stop(life.kind):
                 continue
             if life.condemned_ns is not None:
@@ -200,14 +216,14 @@ class Launcher:
                             self._config.timeouts)
             if verdict is not Verdict.FINE:
                 life.condemned_ns = now
-                self._terminal.line(f"{life.name} {verdict.value}: it is replaced.")
+                self._terminal.line(f"{self._title(life)} {verdict.value}: it is replaced.")
                 child.signal(signal.SIGABRT if verdict is Verdict.HUNG else signal.SIGKILL)
         if not self._was_ready and not self._steps and self._all_ready():
             self._was_ready = True
             self._status.state, self._status.phase, self._status.percent = State.READY, "ready", 100
             self._publisher.announce()
-            engine = self._watcher.latest.get((Kind.ENGINE, 0))
-            facts = banner.facts_of(engine.beacon.facts_json if engine is not None else b"")
+            facts = {index: banner.facts_of(heard.beacon.facts_json)
+                     for (kind, index), heard in self._watcher.latest.items() if kind is Kind.ENGINE}
             seconds = (time.monotonic_ns() - self._config.started_ns) / S
             for text in banner.lines(self._config, self._listeners, facts, seconds):
                 self._terminal.line(text)

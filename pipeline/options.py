@@ -41,6 +41,14 @@ class Option:
     secret: bool = False
     positional: bool = False
     aliases: tuple[str, ...] = ()
+    spelling: str = ""                  # the flag, where it is not called as the key of the file
+    server_wide: bool = False           # in a group of per-model options, and yet about the whole server
+    per_model: bool = False             # the other way round
+
+    @property
+    def of_a_model(self) -> bool:
+        """Whether each served model has a value of its own."""
+        return self.per_model or (self.group in (MODEL, ENGINE) and not self.server_wide)
 
     @property
     def key(self) -> str:
@@ -69,6 +77,18 @@ GROUPS = (HTTP, MODEL, ENGINE, PROCESSES, LIMITS, LOGS, TEST)
 OPTIONS: tuple[Option, ...] = (
     Option(name="model", group=MODEL, positional=True, metavar="MODEL",
            help="Hugging Face directory, GGUF file or hub id (default: the embedded SmolLM2-135M-Instruct)"),
+    Option(name="models", group=MODEL, many=True, default=(), parse=values.named_model, metavar="NAME=PATH", spelling="model",
+           server_wide=True, help="serve this model besides (repeatable; in the file `models`: a list with their options)"),
+    Option(name="task", group=MODEL, default="auto", choices=("auto", "generate", "embed", "classify", "score", "transcribe"),
+           help="what the model is for (auto: as its files say)"),
+    Option(name="runner", group=MODEL, default="auto", choices=("auto", "generate", "pooling"),
+           help="pooling: take vectors or class scores from a model that generates text"),
+    Option(name="convert", group=MODEL, default="auto", choices=("auto", "none", "embed", "classify"),
+           help="what a model that generates text becomes with --runner pooling"),
+    Option(name="pooler-config", group=MODEL, parse=values.json_object, metavar="JSON",
+           help='pooling in place of what the model says, such as \'{"pooling_type": "CLS", "normalize": true}\''),
+    Option(name="long-inputs", group=MODEL, default="error", choices=("error", "truncate"),
+           help="what becomes of inputs beyond the context of a pooling model"),
     Option(name="host", group=HTTP, default="127.0.0.1", parse=values.host, help="address to listen on"),
     Option(name="port", group=HTTP, default=8000, parse=integer(0, 65535),
            help="TCP port; 0 takes a free one, which the banner shows"),
@@ -143,13 +163,13 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="reasoning-parser", group=MODEL, default="auto", parse=families.reasoning_parser, metavar="NAME",
            help="how the model marks its reasoning: auto (as its chat template says), none, or one of "
                 + ", ".join(families.REASONINGS)),
-    Option(name="trust-request-chat-template", group=MODEL, flag=True, default=False,
+    Option(name="trust-request-chat-template", group=MODEL, flag=True, default=False, server_wide=True,
            help="requests may bring a chat template of their own"),
     Option(name="generation-config", group=MODEL, default="auto", metavar="auto|vllm|DIR",
            help="where sampling defaults come from: the model, nowhere (vllm), or a directory"),
     Option(name="override-generation-config", group=MODEL, parse=values.json_object, metavar="JSON",
            help='sampling defaults on top, such as \'{"temperature": 0.6}\''),
-    Option(name="seed", group=MODEL, parse=integer(0, 2**63 - 1), metavar="N",
+    Option(name="seed", group=MODEL, server_wide=True, parse=integer(0, 2**63 - 1), metavar="N",
            help="fix the random numbers of requests that name no seed"),
 
     Option(name="dtype", group=ENGINE, default="auto", parse=values.dtype, metavar="TYPE",
@@ -187,7 +207,7 @@ OPTIONS: tuple[Option, ...] = (
            help="tokenizer processes"),
     Option(name="detokenizers", group=PROCESSES, default=1, parse=integer(1, MAX_STAGES), metavar="N",
            help="detokenizer processes"),
-    Option(name="data-parallel-size", group=PROCESSES, default=1, parse=integer(1, MAX_STAGES), metavar="N",
+    Option(name="data-parallel-size", group=PROCESSES, per_model=True, default=1, parse=integer(1, MAX_STAGES), metavar="N",
            help="engine processes, each with the whole model"),
     Option(name="shutdown-timeout", group=PROCESSES, default=30.0, parse=seconds(0.0, 86400), metavar="S",
            help="seconds that a stop waits for running requests"),
@@ -207,7 +227,7 @@ OPTIONS: tuple[Option, ...] = (
            metavar="N", help="bytes of request bodies in flight; more get 429"),
     Option(name="max-request-bytes", group=LIMITS, default=32 * 2**20, parse=integer(1024, 2**31, values.count),
            metavar="N", help="size of one request body; more gets 413"),
-    Option(name="max-num-queued-reqs", group=LIMITS, default=1024, parse=integer(1, 10**6), metavar="N",
+    Option(name="max-num-queued-reqs", group=LIMITS, per_model=True, default=1024, parse=integer(1, 10**6), metavar="N",
            help="requests that wait in one engine"),
     Option(name="max-logprobs", group=LIMITS, default=20, parse=integer(-1, 2**31 - 1), metavar="N",
            help="log-probabilities per token that a request may ask for; -1: the whole vocabulary"),
@@ -230,9 +250,9 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="run-dir", group=LOGS, metavar="DIR",
            help="parent of the private run directory (default: XDG_RUNTIME_DIR, or TMPDIR, or /tmp)"),
 
-    Option(name="null-engine", group=TEST, metavar="SCRIPT",
+    Option(name="null-engine", group=TEST, per_model=True, metavar="SCRIPT",
            help="answer from a script, without weights: MODEL needs a tokenizer only"),
-    Option(name="null-step", group=TEST, default=0.0, parse=seconds(0.0, 60.0), metavar="S",
+    Option(name="null-step", group=TEST, per_model=True, default=0.0, parse=seconds(0.0, 60.0), metavar="S",
            help="least duration of a step of the null engine"),
 )
 BY_KEY = {option.key: option for option in OPTIONS}
@@ -279,7 +299,7 @@ def parser() -> Parser:
 
 
 def _add(group: argparse._ActionsContainer, option: Option) -> None:
-    flags = [f"--{name}" for name in (option.name, *option.aliases)]
+    flags = [f"--{name}" for name in (option.spelling or option.name, *option.aliases)]
     shown = option.help
     if option.flag:
         shown += " (default: on)" if option.default else ""

@@ -27,13 +27,17 @@ class Child:
     """One running child process and the file that takes its output."""
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], output: Path,
-                 pass_fds: Sequence[int] = (), stdout: int | None = None) -> None:
+                 pass_fds: Sequence[int] = (), stdout: int | None = None, nice: int = 0) -> None:
+        """`nice`: how much less than we the child is to be preferred for the processor."""
         self.output = output
         with open(output, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
             self._offset = stream.tell()
             self._popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stream if stdout is None else stdout, stderr=stream,
                 env=environment, pass_fds=pass_fds, close_fds=True, start_new_session=True)
+        if nice:                                 # at once, as the threads that it is going to make inherit it
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, self.pid, min(19, os.nice(0) + nice))
         self.stdout = self._popen.stdout
         try:
             self.pidfd = os.pidfd_open(self.pid)
@@ -104,14 +108,19 @@ def stage_command(kind: Kind, config_path: Path, index: int, epoch: int, listen_
     return command if listen_fd is None else [*command, "--listen-fd", str(listen_fd)]
 
 
-def environment(*, one_thread: bool) -> dict[str, str]:
-    """What a child inherits: no secret, our own modules first and the current directory never."""
+def environment(*, one_thread: bool, shared: bool = False) -> dict[str, str]:
+    """What a child inherits: no secret, our own modules first and the current directory never.
+
+    shared: other engines compute beside it, so that its threads must not spin while they wait.
+    """
     variables = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
     paths = [str(ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     variables.update(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONSAFEPATH="1",
                      TOKENIZERS_PARALLELISM="false")
     if one_thread:
         variables["OMP_NUM_THREADS"] = "1"
+    if shared:
+        variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return variables
 
 

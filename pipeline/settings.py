@@ -47,6 +47,23 @@ class Settings:
         """Whether somebody set this option."""
         return self.values[key].source != "default"
 
+    def of_model(self, entry: Mapping[str, Any], where: str) -> Settings:
+        """The same for another model: `entry` over the defaults for what is a model's own, ours for everything else.
+
+        `entry`: option names (with dashes) to values as YAML has them. StartError names `where` they stand.
+        """
+        values = {option.key: Value(option.default, "default") if option.of_a_model else self.values[option.key]
+                  for option in OPTIONS}
+        for name, written in entry.items():
+            option = BY_NAME.get(name)
+            if option is None or not option.of_a_model:
+                close = nearest(name, [o.name for o in OPTIONS if o.of_a_model])
+                raise StartError(CONFIG, f"{where}: '{name}' is no option of a model{close}")
+            if written is not None:
+                words = _words(option, written, where)
+                values[option.key] = Value(_convert(option, words, f"{where}: {option.name}"), where)
+        return Settings(values=values)
+
     def show(self) -> str:
         """YAML that could be the configuration file, with the sources as comments and no secret in it."""
         lines = []
@@ -73,8 +90,11 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Setting
     for key, words in flags.items():
         if words is not None:
             option = BY_KEY[key]
-            where = option.metavar if option.positional else f"--{option.name}"
-            values[key] = Value(_convert(option, words, where), "flag")
+            where = option.metavar if option.positional else f"--{option.spelling or option.name}"
+            value, source = _convert(option, words, where), "flag"
+            if key == "models" and values[key].value:        # the flag adds to the file's list
+                value, source = values[key].value + value, f"{values[key].source} and flag"
+            values[key] = Value(value, source)
     return Settings(values=values, print_config=print_config, check=check, warnings=tuple(warnings))
 
 
@@ -133,7 +153,8 @@ def _unknown_argument(word: str) -> str:
     if not word.startswith("-"):
         return f"Unexpected argument {word!r}: there is one MODEL, and options start with --."
     flag = word.split("=", 1)[0]
-    known = [f"--{name}" for option in OPTIONS for name in (option.name, *option.aliases) if not option.positional]
+    known = [f"--{name}" for option in OPTIONS for name in (option.spelling or option.name, *option.aliases)
+             if not option.positional]
     return f"Unknown option {flag}" + nearest(flag, [*known, "--config", "--print-config", "--check", "--help"])
 
 
@@ -194,7 +215,7 @@ def _from_file(path: Path, notes: list[str]) -> dict[str, Value]:
     return values
 
 
-def _words(option: Option, written: object, path: Path) -> object:
+def _words(option: Option, written: object, path: Path | str) -> object:
     """A YAML value as the text that a flag would have."""
     if isinstance(written, list):
         if not option.many:

@@ -132,6 +132,16 @@ def api_key(text: str) -> str:
     return text
 
 
+def named_model(text: str) -> dict[str, Any]:
+    """NAME=PATH, or an entry of the configuration file as a JSON object; its keys are looked at in pipeline.served."""
+    if text.startswith("{"):
+        return json_object(text)
+    label, sign, path = text.partition("=")
+    if not sign or not path:
+        raise ValueError("NAME=PATH (the model to serve first is given without a flag)")
+    return {"name": name(label), "path": path}
+
+
 def name(text: str) -> str:
     if not text or len(text) > 256 or not text.isprintable():
         raise ValueError("a printable name of 1 to 256 characters")

@@ -178,14 +178,14 @@ def test_the_help_has_groups_and_every_option() -> None:
     for title in ("HTTP server:", "Model:", "Engine:", "Processes:", "Limits:", "Logging and files:"):
         assert title in text
     for option in OPTIONS:
-        assert option.positional or f"--{option.name}" in text
+        assert option.positional or f"--{option.spelling or option.name}" in text
 
 
 def test_the_defaults_of_the_options_are_those_of_the_configuration() -> None:
     settings = resolve([], {})
     assert assemble.engine_config(settings) == EngineConfig()
     model = ModelConfig(names=("m",), path="/m")
-    made = assemble.server_config(settings, model, run_dir=Path("/r"), log_dir=Path("/l"), port=8000, started_ns=0)
+    made = assemble.server_config(settings, [model], run_dir=Path("/r"), log_dir=Path("/l"), port=8000, started_ns=0)
     fields = ("http", "limits", "timeouts", "frontends", "seed", "log_level")
     plain: dict[str, Any] = {name: getattr(made, name) for name in fields}
     assert plain == {"http": HttpConfig(), "limits": LimitsConfig(), "timeouts": TimeoutsConfig(), "frontends": 1,
@@ -196,7 +196,7 @@ def test_the_defaults_of_the_options_are_those_of_the_configuration() -> None:
 def test_every_option_reaches_the_configuration_or_the_command_line() -> None:
     """No option may be accepted and lead nowhere: each key is read somewhere in the command line's modules."""
     folder = Path(assemble.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("assemble.py", "cli.py"))
+    text = "".join((folder / name).read_text() for name in ("assemble.py", "cli.py", "served.py", "preparation.py"))
     unused = [option.key for option in OPTIONS if f'settings["{option.key}"]' not in text]
     assert unused == []
 

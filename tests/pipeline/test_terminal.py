@@ -14,7 +14,7 @@ def shown(host: str = "127.0.0.1", facts: dict[str, object] | None = None, **htt
     config = ServerConfig(run_dir="/r", log_dir="/l", http=HttpConfig(**http),  # type: ignore[arg-type]
                           models=(ModelConfig(names=("tiny",), path="/m", max_model_len=1024),))
     with bind(host, 0, None, 1) as listeners:
-        lines = banner.lines(config, listeners, facts or {}, 3.21)
+        lines = banner.lines(config, listeners, {0: facts or {}}, 3.21)
         return [line.replace(str(listeners.port), "PORT") for line in lines]
 
 
@@ -27,6 +27,19 @@ def test_the_banner_names_model_memory_authentication_and_urls() -> None:
     assert "API key required" in text and "sesame" not in text and "WARNING" not in text
     assert "OpenAI base URL http://127.0.0.1:PORT/v1, documentation http://127.0.0.1:PORT/docs" in text
     assert lines[-1] == "Ready in 3.2 s on http://127.0.0.1:PORT"
+
+
+def test_the_banner_lists_every_model_and_who_is_missing() -> None:
+    config = ServerConfig(run_dir="/r", log_dir="/l", models=(
+        ModelConfig(names=("chat",), path="/m", max_model_len=1024, replicas=2),
+        ModelConfig(names=("minilm",), path="/m", task="embed", max_model_len=256),
+        ModelConfig(names=("moods",), path="/m", task="classify", max_model_len=512)))
+    facts = {0: {"dtype": "bfloat16"}, 2: {"dtype": "float32", "dimension": 384}}
+    with bind("127.0.0.1", 0, None, 1) as listeners:
+        lines = banner.lines(config, listeners, facts, 1.0)
+    assert lines[0].endswith("serves 3 models")
+    assert lines[1:3] == ["  chat (generate, bfloat16, 2 engines)", "    context 1024 tokens, up to 64 requests in a step"]
+    assert lines[3:6] == ["  minilm (embed, float32)", "    context 256 tokens, 384 dimensions", "  moods (classify): given up"]
 
 
 def test_a_server_without_a_key_beyond_loopback_warns_loudly_once() -> None:

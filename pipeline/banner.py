@@ -58,7 +58,7 @@ def _model(model: ModelConfig, facts: Mapping[str, Any], many: bool) -> list[str
     length = facts.get("max_model_len", model.max_model_len)
     if model.task in POOLING_TASKS:
         size = facts.get("dimension") or facts.get("num_labels")
-        what = "dimensions" if facts.get("dimension") else "classes"
+        what = "dimensions" if facts.get("dimension") else "class" if size == 1 else "classes"
         line = f"  context {length} tokens" + (f", {size} {what}" if isinstance(size, int) and size else "")
     else:
         line = f"  context {length} tokens"

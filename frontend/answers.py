@@ -10,6 +10,7 @@ from frontend import logprobs
 from frontend.collector import Update
 from frontend.params import Ask
 from frontend.request import Prompt, Request
+from frontend.turn import Turn
 from frontend.wire import finish_reason, prompt_ids, prompt_logprobs, usage_of
 
 
@@ -74,13 +75,14 @@ def chat(ask: Ask, request: Request, identity: dict[str, Any]) -> dict[str, Any]
 
 
 def _chat_choice(ask: Ask, update: Update) -> dict[str, Any]:
+    turn = Turn(ask, update.index)
+    message, (ids, told) = turn.message(update), turn.tokens(update)
     choice: dict[str, Any] = {
-        "index": update.index, "message": {"role": ask.role, "content": ask.echo + update.text, "refusal": None},
-        "logprobs": None, "finish_reason": finish_reason(update.finish), "stop_reason": update.stop}
+        "index": update.index, "message": message, "logprobs": None, "finish_reason": turn.reason(update),
+        "stop_reason": update.stop}
     if ask.logprobs is not None:
-        content = [] if update.logprobs is None else logprobs.chat_content(
-            update.logprobs, update.ids, ask.tokens_as_ids)
+        content = [] if told is None else logprobs.chat_content(told, ids, ask.tokens_as_ids)
         choice["logprobs"] = {"content": content, "refusal": None}
     if ask.token_ids:
-        choice["token_ids"] = list(update.ids)
+        choice["token_ids"] = list(ids)
     return choice

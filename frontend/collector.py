@@ -6,8 +6,10 @@ length of the answer. No sanic, no zmq; the frontend's loop runs it, and so may 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipeline.families.parts import append_span
 from pipeline.messages import Finish, Logprobs
 
 
@@ -50,24 +52,32 @@ class Update:
     finish: Finish = Finish.RUNNING
     stop: str | int | None = None
     completion_tokens: int = 0               # output tokens of the choice so far, these included
+    spans: list[tuple[int, int]] = field(default_factory=list)     # (families.parts.Part, characters) over `text`
+    reasoning_tokens: int = 0                # of `completion_tokens`
+    open_call: bool = False                  # the last tool call is not complete
 
 
 class Buffer:
     """Collects the output of one choice until it is taken."""
 
-    __slots__ = ("index", "finish", "stop", "_text", "_ids", "_logprobs")
+    __slots__ = ("index", "finish", "stop", "reasoning_tokens", "open_call", "_text", "_spans", "_ids", "_logprobs")
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.reasoning_tokens, self.open_call = 0, False
         self._text: list[str] = []
+        self._spans: list[tuple[int, int]] = []
         self._ids = array("I")
         self._logprobs: list[Logprobs] = []
         self.finish = Finish.RUNNING
         self.stop: str | int | None = None
 
-    def add(self, text: str, ids: array[int], logprobs: Logprobs | None) -> None:
+    def add(self, text: str, ids: array[int], logprobs: Logprobs | None,
+            spans: Iterable[tuple[int, int]] = ()) -> None:
         if text:
             self._text.append(text)
+            for kind, chars in spans:
+                append_span(self._spans, kind, chars)
         if ids:
             self._ids.extend(ids)
             if logprobs is not None:
@@ -78,6 +88,6 @@ class Buffer:
 
     def take(self, completion_tokens: int) -> Update:
         update = Update(self.index, "".join(self._text), self._ids, join(self._logprobs), self.finish, self.stop,
-                        completion_tokens)
-        self._text, self._ids, self._logprobs = [], array("I"), []
+                        completion_tokens, self._spans, self.reasoning_tokens, self.open_call)
+        self._text, self._spans, self._ids, self._logprobs = [], [], array("I"), []
         return update

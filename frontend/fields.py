@@ -30,7 +30,7 @@ REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 REQUEST_ID_PATTERN = re.compile(REQUEST_ID + r"\Z")
 
 # Accepted without effect; docs/api.md tells why of each.
-NO_EFFECT = ("user", "store", "metadata", "service_tier", "parallel_tool_calls", "prediction", "prompt_cache_key",
+NO_EFFECT = ("user", "store", "metadata", "service_tier", "prediction", "prompt_cache_key",
              "prompt_cache_retention", "safety_identifier", "session_id", "stream_options.include_obfuscation")
 
 
@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
         "structured_outputs", "web_search_options"), ()),
     "mm_payload": ("tensors",), "return_mm_kwargs": (True,), "return_token_offsets": (False,),
     "function_call": ("none",), "functions": ([],),
-    "include_reasoning": (True,), "logits_processors": ([],),
+    "include_reasoning": (True,), "logits_processors": ([],), "parallel_tool_calls": (True,),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
     "routed_experts_prompt_start": (0,), "thinking_token_budget": (-1,), "tool_choice": ("none",), "tools": ([],),
     "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),

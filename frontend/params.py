@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import secrets
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from frontend.choose import check_length, choose, named
 from frontend.fields import MAX_PROMPTS
 from frontend.request import Prompt, Spec
 from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
+from frontend.tools import CallIds, calls_in, plan
 from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import QuartetError, invalid
+from pipeline.families.table import FAMILIES
 from pipeline.messages import Chat, pack_ids
 from pipeline.params import (
     MAX_BEAMS,
@@ -49,6 +51,8 @@ class Ask:
     token_ids: bool = False
     tokens_as_ids: bool = False              # log-probabilities name tokens "token_id:N"
     role: str = "assistant"                  # chat: of the answer
+    include_reasoning: bool = True
+    call_ids: CallIds = field(default_factory=lambda: CallIds("call"))
 
 
 def find_model(config: ServerConfig, name: str | None) -> int:
@@ -109,9 +113,14 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     top = _num_logprobs(body.top_logprobs, "top_logprobs", config, model) or 0
     logprobs = top if body.logprobs else None
-    prompt = Prompt(chat=template_input(body, raw, config))
+    tools = plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False, model)
+    prompt = Prompt(chat=template_input(body, raw, config, tools.tools_json))
     spec = _spec(body, config, model, number, [prompt], max_tokens, logprobs, False, now_ns)
+    spec.detok.tool_parser, spec.detok.signatures = tools.parser, tools.signatures
+    spec.detok.max_calls, spec.detok.reasoning_parser = tools.max_calls, model.reasoning_parser
     ask = _ask(body, spec, config, model, max_tokens, logprobs)
+    ask.include_reasoning = body.include_reasoning is not False
+    ask.call_ids = CallIds(FAMILIES[tools.parser].ids if tools.parser else "call", calls_in(raw["messages"]))
     if body.return_prompt_text:
         ask.prompt_text = spec.detok.echo = spec.detok.echo_special = True
     last = body.messages[-1]
@@ -121,7 +130,7 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
     return ask
 
 
-def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig) -> Chat:
+def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig, tools_json: bytes) -> Chat:
     """What a tokenizer needs to render a chat; QuartetError for content that it could not."""
     if body.chat_template is not None and not config.trust_request_chat_template:
         raise QuartetError("unsupported_parameter", "The parameter 'chat_template' is only taken by a server that "
@@ -140,14 +149,16 @@ def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig) -
         if effort == "none":
             kwargs.setdefault("enable_thinking", False)
     return Chat(
-        messages_json=_dump(raw["messages"]), kwargs_json=_dump(kwargs) if kwargs else b"",
+        messages_json=_dump(raw["messages"]), tools_json=tools_json, kwargs_json=_dump(kwargs) if kwargs else b"",
         template=body.chat_template, add_generation_prompt=generates, continue_final_message=continues,
         documents_json=_dump(body.documents) if body.documents else b"")
 
 
 def _check_message(message: Message, where: str) -> None:
     if message.content is None:
-        if not (message.role == "assistant" and message.tool_calls):
+        extra = message.model_extra or {}
+        if message.role != "assistant" or not (message.tool_calls or extra.get("reasoning_content")
+                                               or extra.get("reasoning")):
             raise invalid(f"'{where}.content' must be a string or a list of parts.", f"{where}.content")
         return
     for j, part in enumerate(message.content if isinstance(message.content, list) else ()):

@@ -177,6 +177,11 @@ class Request:
     def completion_tokens(self) -> int:
         return sum(len(c.ids) for c in self.choices)
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """None where reasoning is not told from the answer."""
+        return sum(c.buffer.reasoning_tokens for c in self.choices) if self.spec.detok.reasoning_parser else None
+
     def touched(self, choice: Choice) -> None:
         """`choice` has something for the reader."""
         self._dirty[choice.index] = choice

@@ -5,7 +5,7 @@ known and not supported is listed in frontend.fields. Run by the frontend; holds
 """
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -40,6 +40,7 @@ from frontend.fields import (
     TopP,
     Truncate,
 )
+from frontend.tools import ToolChoice, Tools
 
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 
@@ -153,7 +154,10 @@ class Message(Body):
 class Templated(Body):
     """What goes into a chat template."""
 
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"tools"})
+
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: Tools | None = None
     documents: list[dict[str, str]] | None = None
     chat_template: str | None = Field(None, description="only where the server trusts it")
     chat_template_kwargs: dict[str, Any] | None = None
@@ -164,10 +168,15 @@ class Templated(Body):
 class ChatBody(Templated, Sampling):
     """POST /v1/chat/completions."""
 
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"})
+
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     return_prompt_text: bool | None = None
     max_completion_tokens: NumTokens | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = Field(None, description="false: reasoning is left out of the answer")
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 

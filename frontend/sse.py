@@ -6,7 +6,7 @@ where usage was asked for; `[DONE]` only after a complete answer. Run by the fro
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from frontend import logprobs
@@ -14,6 +14,7 @@ from frontend.answers import shown_prompt_logprobs
 from frontend.collector import Update
 from frontend.params import Ask
 from frontend.request import Choice, Request
+from frontend.turn import Turn
 from frontend.wire import dump_ascii, finish_reason, prompt_ids, prompt_logprobs, quote, usage, usage_of
 from pipeline.messages import Logprobs
 
@@ -41,6 +42,7 @@ class _Stream:
         self._prefix = "data: " + dump_ascii(head)[:-1]
         self._begun: set[int] = set()
         self._completion_tokens = [0] * len(request.choices)
+        self._reasoning_tokens = [0] * len(request.choices)
         self._tail: Callable[[Choice], str] = self._plain_tail
         if ask.continuous_usage:
             self._tail = self._usage_tail
@@ -60,7 +62,8 @@ class _Stream:
 
     def _usage_tail(self, choice: Choice) -> str:
         prompt = choice.prompt
-        now = usage(prompt.prompt_tokens, self._completion_tokens[choice.index], prompt.cached_tokens)
+        reasoning = self._reasoning_tokens[choice.index] if self._request.reasoning_tokens is not None else None
+        now = usage(prompt.prompt_tokens, self._completion_tokens[choice.index], prompt.cached_tokens, reasoning)
         return f',"usage":{dump_ascii(now)}}}\n\n'
 
     def _first(self, update: Update) -> bool:
@@ -79,6 +82,7 @@ class ChatStream(_Stream):
     def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
         super().__init__("chat.completion.chunk", ask, request, identity)
         self._role_name = dump_ascii(ask.role)
+        self._turns = [Turn(ask, choice.index) for choice in request.choices]
 
     def events(self, updates: list[Update]) -> bytes:
         parts: list[str] = []
@@ -87,10 +91,10 @@ class ChatStream(_Stream):
             if self._first(update):
                 parts.append(self._role(choice))
                 if self._ask.echo:
-                    parts.append(self._chunk(choice, self._ask.echo, "null", ""))
+                    parts.append(self._chunk(choice, f'{{"content":{quote(self._ask.echo)}}}', "null", ""))
             self._completion_tokens[update.index] = update.completion_tokens
-            if update.text or self._shows(update):
-                parts.append(self._delta(choice, update))
+            self._reasoning_tokens[update.index] = update.reasoning_tokens
+            parts.extend(self._deltas(choice, update))
             if update.finish:
                 parts.append(self._last(choice, update))
         return "".join(parts).encode()
@@ -105,21 +109,29 @@ class ChatStream(_Stream):
         return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"role":{self._role_name},"content":""}},'
                 f'"logprobs":null,"finish_reason":null}}]{ids}{self._tail(choice)}')
 
-    def _delta(self, choice: Choice, update: Update) -> str:
-        found = "null"
-        if self._ask.logprobs is not None and update.logprobs is not None:
-            content = logprobs.chat_content(update.logprobs, update.ids, self._ask.tokens_as_ids)
+    def _deltas(self, choice: Choice, update: Update) -> Iterator[str]:
+        """A chunk for each piece of the update; what is told of its tokens rides with the first."""
+        turn, found, ids = self._turns[update.index], "null", ""
+        deltas = turn.deltas(update)
+        numbers, told = turn.tokens(update)
+        if self._ask.logprobs is not None and told is not None and numbers:
+            content = logprobs.chat_content(told, numbers, self._ask.tokens_as_ids)
             found = dump_ascii({"content": content, "refusal": None})
-        ids = f',"token_ids":{dump_ascii(list(update.ids))}' if self._ask.token_ids else ""
-        return self._chunk(choice, update.text, found, ids)
+        if self._ask.token_ids:
+            ids = f',"token_ids":{dump_ascii(list(numbers))}'
+        if not deltas and numbers and (ids or told is not None):
+            deltas = ['{"content":""}']
+        for delta in deltas:
+            yield self._chunk(choice, delta, found, ids)
+            found, ids = "null", ids and ',"token_ids":[]'
 
-    def _chunk(self, choice: Choice, text: str, found: str, ids: str) -> str:
-        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"content":{quote(text)}}},'
+    def _chunk(self, choice: Choice, delta: str, found: str, ids: str) -> str:
+        return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{delta},'
                 f'"logprobs":{found},"finish_reason":null{ids}}}]{self._tail(choice)}')
 
     def _last(self, choice: Choice, update: Update) -> str:
         return (f'{self._prefix},"choices":[{{"index":{choice.index},"delta":{{"content":""}},"logprobs":null,'
-                f'"finish_reason":"{finish_reason(update.finish)}","stop_reason":{dump_ascii(update.stop)}}}]'
+                f'"finish_reason":"{self._turns[update.index].reason(update)}","stop_reason":{dump_ascii(update.stop)}}}]'
                 f'{self._tail(choice)}')
 
 

@@ -18,6 +18,7 @@ from frontend.request import Choice, Prompt, Request, Spec, Submission
 from frontend.stages import Stages
 from frontend.submissions import ALONE_AFTER, Submissions
 from pipeline.errors import CATALOGUE, QuartetError
+from pipeline.families.parts import Part, skip_spans
 from pipeline.ids import RidMaker, child
 from pipeline.messages import (
     Abort,
@@ -287,13 +288,15 @@ class RequestTable:
         submission.heard, choice.heard_ns, choice.missing = True, now, 0
         self._submissions.leave_tokenizer(submission)
         known = len(choice.ids) - delta.start                # ids and characters that came before are cut
-        ids, text = ids[known:], delta.text[choice.chars - delta.offset:]
+        ids, text, spans = ids[known:], delta.text[choice.chars - delta.offset:], _spans(delta, choice.chars)
         if logprobs is not None and known:
             logprobs = tail(logprobs, known)
         choice.ids.extend(ids)
         choice.chars += len(text)
         self._take_prompt(prompt, choice, delta.prompt_text, delta.prompt_logprobs, delta.usage)
-        choice.buffer.add(text, ids, logprobs)
+        choice.buffer.add(text, ids, logprobs, spans)
+        choice.buffer.reasoning_tokens = max(choice.buffer.reasoning_tokens, delta.reasoning_tokens)
+        choice.buffer.open_call = delta.open_call
         if ids:
             self._time_tokens(request, choice, len(ids), now)
         if delta.finish in (Finish.ABORT, Finish.ERROR):
@@ -402,6 +405,16 @@ class RequestTable:
             held = sum(len(s.live) for s in self._submissions if s.request is request)
             assert request.done or held == running
         assert {s.request for s in self._submissions} <= self._requests
+
+
+def _spans(delta: TextDelta, chars: int) -> list[tuple[int, int]]:
+    """The spans of a delta's text behind the first `chars` characters of the choice; ValueError for what fits no text."""
+    if not delta.spans:
+        return []
+    spans = [(span.kind, span.chars) for span in delta.spans]
+    if sum(size for _, size in spans) != len(delta.text) or max(spans)[0] > Part.ARGUMENTS:
+        raise ValueError("spans that do not cover the text")
+    return skip_spans(spans, chars - delta.offset)
 
 
 def _control(engine: int) -> Address:

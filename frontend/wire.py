@@ -39,13 +39,19 @@ def finish_reason(finish: Finish) -> str | None:
     return _REASONS.get(finish)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    return {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion_tokens,
-            "completion_tokens": completion_tokens, "prompt_tokens_details": {"cached_tokens": cached_tokens}}
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int,
+          reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """`reasoning_tokens` None: reasoning is not told from the answer."""
+    told: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens, "prompt_tokens_details": {"cached_tokens": cached_tokens}}
+    if reasoning_tokens is not None:
+        told["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return told
 
 
 def usage_of(request: Request) -> dict[str, Any]:
-    return usage(request.prompt_tokens, request.completion_tokens, request.cached_tokens)
+    return usage(request.prompt_tokens, request.completion_tokens, request.cached_tokens, request.reasoning_tokens)
 
 
 def prompt_ids(prompt: Prompt) -> list[int] | None:

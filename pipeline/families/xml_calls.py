@@ -40,7 +40,7 @@ def _refuse(name: str) -> None:
 class TagParser(BuildingParser):
     """Values are text between tags."""
 
-    markers = ("<tool_call>",)
+    markers: ClassVar[tuple[str, ...]] = ("<tool_call>",)
     closers = ("</tool_call>",)
     value_end: ClassVar[str] = ""
 

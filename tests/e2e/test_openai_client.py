@@ -138,5 +138,5 @@ def test_errors_reach_the_client_as_openai_errors(client: OpenAI) -> None:
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=QUESTION,
-                                       tools=[{"type": "function", "function": {"name": "f"}}])
-    assert refused.value.param == "tools"
+                                       tools=[{"type": "function", "function": {"name": "f f"}}])
+    assert refused.value.param == "tools[0].function.name"

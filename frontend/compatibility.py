@@ -66,14 +66,13 @@ WHY: dict[str, str] = {
     "prediction": "a hint about speed, never about the answer",
     "prompt_cache_key": "a hint about speed; the prefix cache needs none",
     "prompt_cache_retention": "a hint about speed; the prefix cache needs none",
-    "parallel_tool_calls": "says how tools are called, and there are none in the request",
     "stream_options.include_obfuscation": "padding against a reader of the encrypted stream, which TLS can add",
 }
 
 
 def status(path: str, name: str) -> tuple[str, str]:
     """("honoured" | "refused" | "no effect" | "unknown", what else there is to say) of a parameter at an endpoint."""
-    if name in REFUSED:
+    if name in REFUSED and not any(name in body.HONOURS for body in POSTS[path][1]):
         values = [f"`{json.dumps(value)}`" for value in REFUSED[name]]
         return "refused", f"taken as {' or '.join(values)}, which asks for nothing" if values else ""
     for body in POSTS[path][1]:

@@ -15,7 +15,7 @@ from frontend.choose import check_length, choose, named
 from frontend.fields import MAX_PROMPTS
 from frontend.request import Prompt, Spec
 from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
-from frontend.tools import CallIds, calls_in, plan
+from frontend.tools import CallIds, calls_in, for_template, plan
 from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import QuartetError, invalid
 from pipeline.families.table import FAMILIES
@@ -130,8 +130,11 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
     return ask
 
 
-def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig, tools_json: bytes) -> Chat:
-    """What a tokenizer needs to render a chat; QuartetError for content that it could not."""
+def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig, tools_json: bytes | None = None) -> Chat:
+    """What a tokenizer needs to render a chat; QuartetError for content that it could not.
+
+    `tools_json`: what the template is to see of the tools; None: all of them.
+    """
     if body.chat_template is not None and not config.trust_request_chat_template:
         raise QuartetError("unsupported_parameter", "The parameter 'chat_template' is only taken by a server that "
                                                     "was started with --trust-request-chat-template.", "chat_template")
@@ -149,7 +152,8 @@ def template_input(body: Templated, raw: dict[str, Any], config: ServerConfig, t
         if effort == "none":
             kwargs.setdefault("enable_thinking", False)
     return Chat(
-        messages_json=_dump(raw["messages"]), tools_json=tools_json, kwargs_json=_dump(kwargs) if kwargs else b"",
+        messages_json=_dump(raw["messages"]), tools_json=for_template(body.tools) if tools_json is None else tools_json,
+        kwargs_json=_dump(kwargs) if kwargs else b"",
         template=body.chat_template, add_generation_prompt=generates, continue_final_message=continues,
         documents_json=_dump(body.documents) if body.documents else b"")
 

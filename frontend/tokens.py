@@ -13,7 +13,6 @@ from frontend.ingress import Ingress, json_response
 from frontend.params import find_model, template_input
 from frontend.queries import QueryMessage
 from frontend.schema import DetokenizeBody, TokenizeBody, TokenizeChatBody
-from frontend.tools import plan
 from pipeline.errors import invalid
 from pipeline.messages import DetokenizeAnswer, DetokenizeQuery, TokenizeAnswer, TokenizeQuery, pack_ids, unpack_ids
 
@@ -47,9 +46,7 @@ async def tokenize(frontend: Frontend, content: bytes) -> dict[str, Any]:
     if "messages" in raw:
         chat_body = validate(TokenizeChatBody, raw)
         number = find_model(config, chat_body.model)
-        tools = plan(chat_body.tools, None, True, config.models[number])
-        chat, text, special = (
-            template_input(chat_body, raw, config, tools.tools_json), None, bool(chat_body.add_special_tokens))
+        chat, text, special = template_input(chat_body, raw, config), None, bool(chat_body.add_special_tokens)
         strings = bool(chat_body.return_token_strs)
     else:
         body = validate(TokenizeBody, raw)

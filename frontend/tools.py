@@ -101,22 +101,34 @@ class CallIds:
 
 def plan(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool, model: ModelConfig) -> ToolPlan:
     """QuartetError where tools or the choice among them cannot be used."""
-    tools = tools or []
-    _check(tools)
-    tools, mode = _chosen(tools, choice)
+    _check(tools or [])
+    tools, mode = _chosen(tools or [], choice)
     if not tools or mode == "none":
         return ToolPlan()
     parser = model.tool_parser
     if mode == "required":
         parser = parser or GENERIC
-    made = ToolPlan(tools_json=_dump([_for_template(tool) for tool in tools]), parser=parser,
-                    max_calls=0 if parallel else 1)
+    made = ToolPlan(tools_json=_template_json(tools), parser=parser, max_calls=0 if parallel else 1)
     if parser:
         made.signatures = _dump({
             tool.function.name: _types(tool.function.parameters) if FAMILIES[parser].typed else {} for tool in tools})
         if len(made.signatures) > MAX_SIGNATURES:
             raise invalid("The parameters of 'tools' have too many names.", "tools")
     return made
+
+
+def for_template(tools: list[Tool] | None) -> bytes:
+    """All tools for a template that is only rendered; QuartetError for what is wrong with them."""
+    _check(tools or [])
+    return _template_json(tools or [])
+
+
+def _template_json(tools: list[Tool]) -> bytes:
+    """Tools as templates expect them: every key is there, and none that is meant for the server."""
+    return _dump([{"type": "function", "function": {
+        "name": tool.function.name, "description": tool.function.description or "",
+        "parameters": tool.function.parameters or {"type": "object", "properties": {}}}} for tool in tools]
+    ) if tools else b""
 
 
 def _chosen(tools: list[Tool], choice: ToolChoice | None) -> tuple[list[Tool], str]:
@@ -146,14 +158,6 @@ def _check(tools: list[Tool]) -> None:
         seen.add(name)
         if tool.function.parameters:
             check_parameters(tool.function.parameters, f"{where}.parameters")
-
-
-def _for_template(tool: Tool) -> dict[str, Any]:
-    """A tool as templates expect it: every key is there, and none that is meant for the server."""
-    function = tool.function
-    return {"type": "function", "function": {
-        "name": function.name, "description": function.description or "",
-        "parameters": function.parameters or {"type": "object", "properties": {}}}}
 
 
 # ---- schemas -----------------------------------------------------------------------------------------------------

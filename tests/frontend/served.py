@@ -20,6 +20,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from sanic import Sanic
 
+from detok_proc.choice import Choice
 from frontend.admission import Admission
 from frontend.keys import Keys
 from frontend.metrics import FrontendMetrics
@@ -43,6 +44,7 @@ from pipeline.messages import (
     Finish,
     Kind,
     Logprobs,
+    Open,
     Pooled,
     PoolHanded,
     PoolText,
@@ -51,6 +53,7 @@ from pipeline.messages import (
     TextDelta,
     TokenizeAnswer,
     TokenizeQuery,
+    TokenOut,
     Usage,
     pack_ids,
     unpack_ids,
@@ -59,6 +62,7 @@ from pipeline.messages import (
 from pipeline.metrics import snapshot
 from pipeline.params import PoolParams
 from pipeline.transport import Address
+from tests.detok_proc.test_answer import ids_of, vocab
 from tests.frontend.world import beacon, config
 
 
@@ -161,6 +165,9 @@ class PaperPipeline:
         if text.startswith("fail "):
             yield Failed(Kind.TOKENIZER, 0, 1, [FailedItem(submit.rid, text.split()[1], "as you asked", "prompt")])
             return
+        if submit.detok.tool_parser or submit.detok.reasoning_parser:
+            yield from self._parsed(submit, text)
+            return
         ids = [ord(c) % 1000 for c in text]
         yield Admitted(submit.route.engine, submit.route.engine_epoch, [AdmittedItem(submit.rid, pack_ids(ids))])
         if text == "hang":
@@ -182,6 +189,25 @@ class PaperPipeline:
                 yield self._delta(submit, j, piece, i, [10 + i], finish if i == len(pieces) - 1 else Finish.RUNNING,
                                   offset, ids, text, usage if i == 0 else None)
             offset += len(piece)
+
+    def _parsed(self, submit: Submit, text: str) -> Any:
+        """The text itself as the answer, a token at a time, by a real detokenizer's choices."""
+        ids = ids_of(text)[:submit.sampling.max_tokens]
+        yield Admitted(submit.route.engine, submit.route.engine_epoch, [AdmittedItem(submit.rid, pack_ids([5]))])
+        choices = [Choice(Open(submit.rid + j, submit.detok, b"", b""), vocab("byte_level"), 0, 1)
+                   for j in range(submit.n)]
+        for n, number in enumerate(ids):
+            end = Finish.RUNNING
+            if n == len(ids) - 1:
+                end = Finish.LENGTH if len(ids) == submit.sampling.max_tokens else Finish.EOS
+            for choice in choices:
+                if not choice.stopped:
+                    found = None if submit.sampling.logprobs is None else logprobs([number], 1, ["?"])
+                    choice.apply(TokenOut(choice.rid, n, pack_ids([number]), logprobs=found, usage=Usage(1, 0, 0)))
+                    if end and not choice.stopped:
+                        choice.apply(TokenOut(choice.rid, n + 1, b"", end))
+                    yield Deltas(0, 1, [choice.delta()])
+                    choice.sent()
 
     def _pool(self, submit: SubmitPool) -> Any:
         """Results in slices of two, the last one first. "hang" has none, "fail CODE" fails. See `vector`."""

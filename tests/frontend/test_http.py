@@ -173,7 +173,7 @@ async def test_errors_have_one_shape() -> None:
         assert_error(await c.post(url, json={}), 400, "invalid_request", "messages")
         assert_error(await c.post(url, json={**HELLO, "n": "5"}), 400, "invalid_value", "n")
         assert_error(await c.post(url, json={**HELLO, "temperature": 3}), 400, "invalid_value", "temperature")
-        assert_error(await c.post(url, json={**HELLO, "tools": [{}]}), 400, "invalid_request", "tools[0].type")
+        assert_error(await c.post(url, json={**HELLO, "tools": [{}]}), 400, "invalid_request", "tools[0].function")
         assert_error(await c.post(url, json={**HELLO, "model": "gpt-9"}), 404, "model_not_found", "model")
         assert_error(await c.get("/nope"), 404, "not_found")
         assert_error(await c.get("/v1/models/nope"), 404, "model_not_found", "model")

@@ -1,7 +1,8 @@
 /* Planning of paged attention: who computes what; see attention.h.
  *
  * A work item is (sequence, kv head, run of query tokens): all query heads of the group share the keys and values that
- * the item loads.  With few items and long contexts (decode) items are cut further by parts of the context; merging goes
+ * the item loads.  A decode row of one among many sequences is one item for all its kv heads, whose rows lie side by
+ * side, so that the cache is read as one stream.  With few items and long contexts (decode) items are cut further by parts of the context; merging goes
  * part by part in order either way, so a cut never changes a result.
  */
 #include "attention.h"
@@ -64,10 +65,17 @@ size_t attention_scratch_bytes(const attention_args *a, int size) {
     return bytes + (size_t)(rows * (width + 2)) * 4 + (size_t)(parts + items) * sizeof(attention_item);
 }
 
+/* kv heads of an item of a single token: all of them where the sequences alone keep the team busy. */
+static long heads_per_item(const attention_args *a, int size) {
+    int fit = a->kv_heads * (a->q_heads / a->kv_heads) <= ITEM_ROWS;
+    return fit && a->sequences >= 4L * size ? a->kv_heads : 1;
+}
+
 void attention_plan_make(attention_plan *plan, const attention_args *a, int size, void *scratch) {
     long items, parts, rows, tokens = tokens_per_item(a), used = 0;
     count(a, &items, &parts, &rows);
     int split = worth_splitting(items, parts, size);
+    long together = split ? 1 : heads_per_item(a, size);
     plan->args = a;
     plan->items = plan->splits = 0;
     plan->work = scratch;
@@ -81,9 +89,10 @@ void attention_plan_make(attention_plan *plan, const attention_args *a, int size
         for (long from = n > 0 ? (n - 1) / tokens * tokens : -1; from >= 0; from -= tokens) {
             long to = min_long(from + tokens, n), first, end;
             visible_parts(a, s, from, to, &first, &end);
-            for (long h = 0; h < a->kv_heads; h++) {
+            long heads = to - from == 1 ? together : 1;
+            for (long h = 0; h < a->kv_heads; h += heads) {
                 attention_item whole = {(int32_t)s, (int32_t)h, (int32_t)from, (int32_t)to,
-                                        (int32_t)first, (int32_t)end, -1};
+                                        (int32_t)first, (int32_t)end, heads, -1};
                 if (!split || end - first < 2) {
                     plan->item[plan->items++] = whole;
                     continue;
@@ -106,7 +115,9 @@ void attention_plan_make(attention_plan *plan, const attention_args *a, int size
 void attention_team(const attention_plan *plan, int tid, int size) {
     float *work = plan->work + plan->work_floats * tid;
     /* the heads of a sequence lie side by side in the cache: with items enough, one thread takes them one by one */
-    long step = plan->items >= 4 * plan->args->kv_heads * size && !plan->splits ? plan->args->kv_heads : 1, end;
+    long step = plan->items >= 4 * plan->args->kv_heads * size && !plan->splits && plan->item[0].heads == 1
+                    ? plan->args->kv_heads
+                    : 1, end;
     for (long i; (i = team_take(plan->items, step, &end)) >= 0;)
         for (; i < end; i++)
             attention_item_run(plan, plan->item + i, i + 1 < end ? plan->item + i + 1 : NULL, work);

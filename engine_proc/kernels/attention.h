@@ -31,6 +31,7 @@ typedef struct {
 typedef struct {
     int32_t sequence, kv_head, from, to; /* query tokens of the sequence */
     int32_t part, part_end;              /* parts of the context; all of them unless `partial` >= 0 */
+    int64_t heads;                       /* kv heads from kv_head on; more than one only for a single token */
     int64_t partial;                     /* floats into the partial results, or -1: finish in place */
 } attention_item;
 

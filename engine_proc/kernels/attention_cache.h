@@ -11,7 +11,8 @@
 #define FEW_ROWS 8 /* most rows that do without panels (values; keys: 4, beyond that the panel's tiles win) */
 
 typedef struct {
-    long group, rows, dim, width; /* query heads per kv head; rows = tokens * group; width = dim rounded up to 32 */
+    long group, rows, dim, width; /* query heads of a token; rows = tokens * group; width = dim rounded up to 32 */
+    long first;                   /* the first of those query heads */
     float *q, *keys, *values, *scores, *out, *total;
     float *max, *sum;             /* of the current part, [rows] */
     float *total_max, *total_sum; /* of all parts so far */
@@ -19,11 +20,41 @@ typedef struct {
 
 INLINE int lanes(long left) { return left <= 0 ? 0 : left < 16 ? (int)left : 16; }
 
-/* Asks for elements of a row of the next chunk (row -1: somewhere harmless) while this one is computed.  The processor's
- * own prefetcher does not follow one head's stride through the cache, and waiting for memory was two thirds of a decode
- * step's attention.  Spread thinly over the work: a burst would fill the few line buffers and stall. */
-INLINE void ask(const void *cache, long element, const int is_bf16) {
-    _mm_prefetch((const char *)cache + element * (is_bf16 ? 2 : 4), _MM_HINT_T1);
+/* What is asked of memory while a chunk is computed: the next one.  The processor's own prefetcher does not follow one
+ * head's stride through the cache, and waiting for memory was two thirds of a decode step's attention.  Spread thinly over
+ * the work: a burst would fill the few line buffers and stall. */
+typedef struct {
+    const long *at;     /* element offsets of the tokens of the next chunk, -1: none */
+    const void *k, *v;  /* the caches */
+    long dim, row;      /* of a head and of all heads of a token, elements */
+    long head, lines;   /* the head at work; cache lines of a token where all heads are asked for as one stream, else 0 */
+} upcoming;
+
+/* Sixteen lines of the next chunk to ask for: the share of 16 tokens and one line of dims.  With `lines` they are taken
+ * in the order of memory, whatever the share: the processor's prefetcher follows that. */
+typedef struct {
+    const char *from;
+    long stride;
+} sixteen;
+
+INLINE sixteen share_of(const upcoming *next, const void *cache, long t, long d, const int is_bf16) {
+    const long size = is_bf16 ? 2 : 4, step = 64 / size; /* dims of a line */
+    if (next->lines) {
+        long turn = (next->head * (next->dim / step) + d / step) * (CHUNK / 16) + t / 16;
+        long run = next->at[turn / next->lines * 16];
+        return (sixteen){(const char *)cache + run * size + turn % next->lines * 1024, run < 0 ? 0 : 64};
+    }
+    return (sixteen){(const char *)cache + (next->at[t] + next->head * next->dim + d) * size,
+                     next->at[t] < 0 ? 0 : next->row * size};
+}
+
+INLINE void ask(const upcoming *next, const void *cache, long t, long d, const int is_bf16) {
+    _mm_prefetch(share_of(next, cache, t, d, is_bf16).from, _MM_HINT_T0);
+}
+
+INLINE void ask_one(sixteen *share) {
+    _mm_prefetch(share->from, _MM_HINT_T0);
+    share->from += share->stride;
 }
 
 /* Where 16 tokens' rows lie: pointers, NULL for a token that is not there; returns whether all are. */
@@ -63,7 +94,7 @@ INLINE void store_columns(const char *const row[16], long offset, int words, flo
 
 /* keys[panel][dim][32] from 64 rows of the cache; rows that are not there become zero.  Meanwhile the keys at `next`
  * are asked for. */
-INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+INLINE void load_keys(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n,
                       const int is_bf16) {
     const long size = is_bf16 ? 2 : 4, step = 64 / size; /* dims in sixteen 32-bit lanes */
     for (long t = 0; t < n; t += 16) {
@@ -72,7 +103,8 @@ INLINE void load_keys(const attention_args *a, workspace *w, const long *at, con
         int present = locate16(a->k_cache, at + t, n - t, row, is_bf16);
         for (long d = 0; d < w->dim; d += step) {
             int words = lanes((w->dim - d) * size / 4);
-            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
+            sixteen share = share_of(next, next->k, t, d, is_bf16);
+            for (int i = 0; i < 16; i++) ask_one(&share);
             if (present && words == 16) store_columns(row, d * size, 16, panel + d * PANEL, is_bf16, 1);
             else store_columns(row, d * size, words, panel + d * PANEL, is_bf16, 0);
         }
@@ -81,12 +113,13 @@ INLINE void load_keys(const attention_args *a, workspace *w, const long *at, con
 
 /* scores[rows] of 16 tokens (+)= q x the columns of one block of dims; q points to its first dim. */
 INLINE void score_columns(const char *const row[16], long offset, int words, const float *q, long ldq, float *scores,
-                          const int rows, const int is_bf16, const int whole) {
+                          sixteen share, const int rows, const int is_bf16, const int whole) {
     v16 r[16], acc[FEW_ROWS];
     load_columns(row, offset, words, r, whole);
     for (int j = 0; j < rows; j++) acc[j] = offset ? v_load(scores + j * CHUNK) : v_zero();
     _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, q += is_bf16 ? 2 : 1) {
         if (!whole && i == words) break;
+        ask_one(&share);
         v16 first = is_bf16 ? v_pair_even(r[i]) : r[i];
         _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), first, acc[j]);
         if (!is_bf16) continue;
@@ -98,7 +131,7 @@ INLINE void score_columns(const char *const row[16], long offset, int words, con
 
 /* scores[rows][n] for a few rows, keys used as they are transposed: a panel in between would cost as much again.  The
  * same sums in the same order as by way of the panel.  Tokens are the inner loop: their sums do not wait for each other. */
-INLINE void score_keys(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
+INLINE void score_keys(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n, const int rows,
                        const int is_bf16) {
     const long size = is_bf16 ? 2 : 4, step = 64 / size;
     const char *row[CHUNK];
@@ -107,18 +140,18 @@ INLINE void score_keys(const attention_args *a, workspace *w, const long *at, co
     for (long d = 0; d < w->dim; d += step) {
         int words = lanes((w->dim - d) * size / 4);
         for (long t = 0; t < n; t += 16) {
-            for (long i = 0; i < 16; i++) ask(a->k_cache, next[t + i] + d, is_bf16);
+            sixteen share = share_of(next, next->k, t, d, is_bf16);
             float *to = w->scores + t;
             if (present[t / 16] && words == 16)
-                score_columns(row + t, d * size, 16, w->q + d, w->width, to, rows, is_bf16, 1);
+                score_columns(row + t, d * size, 16, w->q + d, w->width, to, share, rows, is_bf16, 1);
             else
-                score_columns(row + t, d * size, words, w->q + d, w->width, to, rows, is_bf16, 0);
+                score_columns(row + t, d * size, words, w->q + d, w->width, to, share, rows, is_bf16, 0);
         }
     }
 }
 
 /* score_keys where the rows are few enough; 0 where they are not. */
-static int score_few(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
+static int score_few(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n) {
 #define CASE(m)                                                    \
     case m:                                                        \
         if (a->cache_bf16) score_keys(a, w, at, next, n, m, 1);    \
@@ -135,14 +168,14 @@ static int score_few(const attention_args *a, workspace *w, const long *at, cons
 }
 
 /* values[dim / 32][64][32] from n rows of the cache; rows that are not there and padding become zero. */
-INLINE void load_values(const attention_args *a, workspace *w, const long *at, const long *next, long n,
+INLINE void load_values(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n,
                         const int is_bf16) {
     for (long t = 0; t < n; t++) {
         float *to = w->values + t * PANEL;
         long d = 0, dim = at[t] < 0 ? 0 : w->dim;
         for (; d + PANEL <= dim; d += PANEL, to += CHUNK * PANEL) {
-            ask(a->v_cache, next[t] + d, is_bf16);
-            if (!is_bf16) ask(a->v_cache, next[t] + d + 16, is_bf16);
+            ask(next, next->v, t, d, is_bf16);
+            if (!is_bf16) ask(next, next->v, t, d + 16, is_bf16);
             v_store(to, v_load_any(a->v_cache, at[t] + d, is_bf16));
             v_store(to + 16, v_load_any(a->v_cache, at[t] + d + 16, is_bf16));
         }
@@ -155,17 +188,21 @@ INLINE void load_values(const attention_args *a, workspace *w, const long *at, c
 
 /* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
  * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
-INLINE void add_values(const attention_args *a, workspace *w, const long *at, const long *next, long n, const int rows,
+INLINE void add_values(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n, const int rows,
                        const int is_bf16, const int whole) {
+    const long step = is_bf16 ? 32 : 16; /* dims of a cache line */
     for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
         v16 acc[FEW_ROWS][TILE_VECS];
         const float *scores = w->scores;
         float *out = w->out + d;
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
+        sixteen share = {a->v_cache, 0}, other = share;
         for (long t = 0; t < n; t++) {
-            if (TILE_VECS == 2 || d % 32 == 0) ask(a->v_cache, next[t] + d, is_bf16);
-            if (!is_bf16 && TILE_VECS == 2) ask(a->v_cache, next[t] + d + 16, is_bf16);
+            if (t % 16 == 0 && d % step == 0) share = share_of(next, next->v, t, d, is_bf16);
+            if (t % 16 == 0 && step < 16 * TILE_VECS) other = share_of(next, next->v, t, d + step, is_bf16);
+            if (d % step == 0) ask_one(&share);
+            if (step < 16 * TILE_VECS) ask_one(&other);
             if (at[t] < 0) continue;
             long from = at[t] + d;
             v16 v[TILE_VECS];
@@ -183,7 +220,7 @@ INLINE void add_values(const attention_args *a, workspace *w, const long *at, co
 }
 
 /* add_values where the rows are few enough; 0 where they are not. */
-static int add_few(const attention_args *a, workspace *w, const long *at, const long *next, long n) {
+static int add_few(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n) {
     int whole = w->dim % (16 * TILE_VECS) == 0;
 #define CASE(m)                                                               \
     case m:                                                                   \

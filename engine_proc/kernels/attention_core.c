@@ -23,12 +23,12 @@ long attention_work_floats(const attention_args *a) {
 }
 
 long attention_partial_floats(const attention_args *a, const attention_item *item) {
-    return (item->to - item->from) * (a->q_heads / a->kv_heads) * (width_of(a) + 2);
+    return (item->to - item->from) * item->heads * (a->q_heads / a->kv_heads) * (width_of(a) + 2);
 }
 
 static workspace carve(const attention_args *a, const attention_item *item, float *work) {
-    workspace w = {.group = a->q_heads / a->kv_heads, .dim = a->head_dim, .width = width_of(a)};
-    long limit = row_limit(a);
+    long limit = row_limit(a), group = a->q_heads / a->kv_heads;
+    workspace w = {.group = group * item->heads, .first = item->kv_head * group, .dim = a->head_dim, .width = width_of(a)};
     w.rows = (item->to - item->from) * w.group;
     w.keys = work;
     w.values = w.keys + CHUNK * w.width;
@@ -46,7 +46,7 @@ static workspace carve(const attention_args *a, const attention_item *item, floa
 static void load_queries(const attention_args *a, const attention_item *item, workspace *w) {
     long row0 = a->query_starts[item->sequence] + item->from;
     for (long r = 0; r < w->rows; r++) {
-        long at = (row0 + r / w->group) * a->ldq + (item->kv_head * w->group + r % w->group) * w->dim;
+        long at = (row0 + r / w->group) * a->ldq + (w->first + r % w->group) * w->dim;
         for (long d = 0; d < w->dim; d += 16)
             v_store(w->q + r * w->width + d, v_load_any_n(a->q, at + d, lanes(w->dim - d), (int)a->is_bf16));
     }
@@ -119,9 +119,9 @@ static void softmax_row(const attention_args *a, workspace *w, long row, long lo
     }
 }
 
-/* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it. */
-static void chunk_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
-                      const long *at, const long *next) {
+/* One chunk of n tokens whose rows are at `at`, for the rows of one kv head. */
+static void head_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
+                     const long *at, const upcoming *next) {
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
     int scored = score_few(a, w, at, next, n), few = w->rows <= FEW_ROWS;
@@ -144,6 +144,29 @@ static void chunk_run(const attention_args *a, const attention_item *item, works
                            w->width, 1);
     }
     if (few) add_few(a, w, at, next, n);
+}
+
+/* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it. */
+static void chunk_run(const attention_args *a, const attention_item *item, const workspace *w, long start, long n,
+                      const long *at, const long *next) {
+    long rows = w->rows / item->heads, bytes = w->dim * (a->cache_bf16 ? 2 : 4);
+    attention_args shifted = *a;
+    upcoming then = {.at = next, .k = a->k_cache, .v = a->v_cache, .dim = a->head_dim,
+                     .row = a->kv_heads * a->head_dim,
+                     .lines = item->heads == a->kv_heads && a->block_size % 16 == 0 && bytes % 64 == 0
+                                  ? item->heads * bytes / 64 : 0};
+    for (then.head = 0; then.head < item->heads; then.head++) {
+        workspace mine = *w;
+        mine.rows = rows;
+        mine.q += then.head * rows * w->width;
+        mine.out += then.head * rows * w->width;
+        mine.scores += then.head * rows * CHUNK;
+        mine.max += then.head * rows;
+        mine.sum += then.head * rows;
+        shifted.k_cache = (const char *)a->k_cache + then.head * bytes;
+        shifted.v_cache = (const char *)a->v_cache + then.head * bytes;
+        head_run(&shifted, item, &mine, start, n, at, &then);
+    }
 }
 
 /* total <- total merged with a part that has the given maximum, sum and unnormalised output. */
@@ -169,7 +192,7 @@ static void reset(float *max, float *sum, float *out, long rows, long width) {
 static void finish(const attention_args *a, const attention_item *item, workspace *w) {
     long row0 = a->query_starts[item->sequence] + item->from;
     for (long r = 0; r < w->rows; r++) {
-        long at = (row0 + r / w->group) * a->ldo + (item->kv_head * w->group + r % w->group) * w->dim;
+        long at = (row0 + r / w->group) * a->ldo + (w->first + r % w->group) * w->dim;
         v16 inverse = v_set1(1.0f / w->total_sum[r]);
         for (long d = 0; d < w->dim; d += 16)
             v_store_any_n(a->out, at + d, v_mul(v_load(w->total + r * w->width + d), inverse), lanes(w->dim - d),

@@ -62,11 +62,15 @@ class BatchBuilder:
             tables[number, :used] = seq.block_table[:used]
             row += item.count
         query_start[size] = row
-        counts = np.diff(query_start)
-        owner = np.repeat(np.arange(size), counts)
-        positions[:] = np.arange(total) - (query_start[1:] - context_len)[owner]
-        slots[:] = tables[owner, positions // self.block_size].astype(np.int64) * self.block_size
-        slots += positions % self.block_size
+        owner = np.arange(size)
+        if total == size:                       # nothing but single tokens
+            np.subtract(context_len, 1, out=positions, casting="unsafe")
+        else:
+            owner = np.repeat(owner, np.diff(query_start))
+            positions[:] = np.arange(total) - (query_start[1:] - context_len)[owner]
+        block, offset = np.divmod(positions, self.block_size)
+        np.multiply(tables[owner, block], self.block_size, out=slots, casting="unsafe")
+        slots += offset
         tensor = self.device.tensor
         attention = AttentionBatch(
             query_start=tensor(query_start), context_len=tensor(context_len), block_tables=tensor(tables),

@@ -21,6 +21,7 @@ from engine_proc.slots import Rows, Slots
 MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")     # --logprobs-mode
 FEW = 8                     # best tokens among which a sampled one is expected
 BLOCK = 256                 # tokens that are looked at together before single ones are
+NO_ROWS = np.zeros(0, np.int64)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -82,10 +83,10 @@ def sample(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: Argmax | None
 
     `argmax`: a faster one of the model's, for steps in which every row is plainly greedy. `mode`: one of MODES.
     """
-    wanted, searched = np.flatnonzero(rows.logprobs >= 0), np.flatnonzero(rows.beam)
     if argmax is not None and rows.plain:
         tokens, valid = argmax(logits)
-        return Sampled(tokens, valid, None, wanted)
+        return Sampled(tokens, valid, None, NO_ROWS)
+    wanted, searched = np.flatnonzero(rows.logprobs >= 0), np.flatnonzero(rows.beam)
     device = logits.device
     valid = torch.isfinite(logits.sum(dim=-1))
     raw = logits

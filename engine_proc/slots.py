@@ -47,6 +47,8 @@ class Rows:
     words: list[tuple[int, int, Words]] = field(default_factory=list)               # (row, row of histories, words)
     extra: list[tuple[int, np.ndarray]] = field(default_factory=list)               # (row, ids): logprob_token_ids
 
+    simple: bool = False                # no row asks for anything but its best token: `plain` without looking
+
     @property
     def banning(self) -> bool:
         """Whether some row may be left without any token."""
@@ -55,7 +57,7 @@ class Rows:
     @property
     def plain(self) -> bool:
         """Whether the best token of unmodified logits is all that is wanted of every row."""
-        return not (self.banning or self.extra or (self.logprobs >= 0).any() or (self.temperature > 0).any()
+        return self.simple or not (self.banning or self.extra or (self.logprobs >= 0).any() or (self.temperature > 0).any()
                     or (self.history >= 0).any() or (self.thinking >= 0).any() or self.beam.any())
 
 
@@ -74,6 +76,7 @@ class Slots:
         self._ints = np.zeros((7, count), np.int64)
         self._keys = np.zeros((2, count), np.uint64)        # seed, choice
         self._min_tokens = np.zeros(count, np.int64)
+        self._special = np.zeros(count, bool)           # slots that ask for more than the best token
         self.histories, self.allowed, self.thinking = Histories(longest, device), Allowed(vocab, device), Budgets(device)
         self._free_counts: list[int] = []
         self.counts = torch.zeros((0, vocab), dtype=torch.int32, device=device)       # [P, V]: among the output
@@ -116,6 +119,10 @@ class Slots:
             self._extra[slot] = extra
         if params.min_tokens and ends:
             self._ends[slot] = np.array(ends, np.int64)
+        ints = self._ints[:, slot]
+        self._special[slot] = (self._floats[0, slot] > 0 or (ints[[LOGPROBS, HISTORY, ALLOWED, THINKING]] != OFF).any()
+                               or ints[BEAM] or any(slot in table for table in (self._bias, self._words, self._extra,
+                                                                                self._ends)))
 
     def release(self, seq: Sequence) -> None:
         """Take the slot back; idempotent."""
@@ -137,7 +144,9 @@ class Slots:
             temperature=floats[0], min_p=floats[1], presence=floats[2], frequency=floats[3], repetition=floats[4],
             top_p=self._top_p[slots], top_k=ints[TOP_K], logprobs=ints[LOGPROBS], penalty=ints[PENALTY], seed=keys[0],
             choice=keys[1], position=position, history=ints[HISTORY], allowed=ints[ALLOWED], thinking=ints[THINKING],
-            beam=ints[BEAM])
+            beam=ints[BEAM], simple=not self._special[slots].any())
+        if rows.simple:
+            return rows
         if self._bias or self._words or self._extra:
             for row, slot in enumerate(slots.tolist()):
                 if slot in self._bias:
@@ -179,8 +188,8 @@ class Slots:
         old = len(self._top_p)
         self._floats, self._ints, self._keys = (
             np.concatenate([table, np.zeros_like(table)], axis=1) for table in (self._floats, self._ints, self._keys))
-        self._top_p, self._min_tokens = (
-            np.concatenate([table, np.zeros_like(table)]) for table in (self._top_p, self._min_tokens))
+        self._top_p, self._min_tokens, self._special = (
+            np.concatenate([table, np.zeros_like(table)]) for table in (self._top_p, self._min_tokens, self._special))
         self._free = list(range(2 * old - 1, old - 1, -1))
 
     def assert_invariants(self, running: list[Sequence]) -> None:

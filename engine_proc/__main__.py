@@ -5,6 +5,7 @@ Loads the runner while its beacon tells the launcher how far it is, then hands t
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -34,7 +35,9 @@ def load_pooling(model: ModelConfig, context: Context) -> PoolRunner:
     if model.engine.backend == "null":
         from engine_proc.pooling.null import NullPoolRunner
         return NullPoolRunner(model)
-    raise StartError(CONFIG, f"This build cannot serve models for '{model.task}'.")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # torch's threads leave the cores to chat engines
+    from engine_proc.pooling.loader import load_pool_runner
+    return load_pool_runner(model, context.progress)
 
 
 def build_pooling(context: Context, model: ModelConfig) -> PoolingCore:
@@ -42,7 +45,7 @@ def build_pooling(context: Context, model: ModelConfig) -> PoolingCore:
     core = PoolingCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
                        context.registry)
     context.status.facts_json = json.dumps({
-        "labels": [], "late_interaction": False, **runner.facts, "max_model_len": model.max_model_len,
+        "labels": [], "late_interaction": False, **runner.facts, "max_model_len": core.limits.max_model_len,
         "vocab_size": runner.vocab_size, "dimension": runner.dimension, "num_labels": runner.num_labels,
         "matryoshka": None if runner.matryoshka is None else list(runner.matryoshka),
         "tasks": list(runner.tasks)}).encode()

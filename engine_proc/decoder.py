@@ -114,8 +114,11 @@ class Decoder:
 
 
 def load_decoder(arch: Arch, weights: Weights, ops: Ops, longest: int,
-                 progress: Callable[[int], None]) -> Decoder:
-    """Read, fuse and pack the weights of `arch` for up to `longest` positions. StartError when the files do not fit."""
+                 progress: Callable[[int], None], *, head: bool = True) -> Decoder:
+    """Read, fuse and pack the weights of `arch` for up to `longest` positions. StartError when the files do not fit.
+
+    Without `head` the decoder is for its hidden states only: the vocabulary's matrix is not packed a second time.
+    """
     ropes = [RopeTable(*tables(rope, longest)) for rope in arch.ropes]
     wide = (arch.vocab, arch.hidden)
     embed_name = weights.find(f"{arch.names['embed']}.weight", wide) or f"model.{arch.names['embed']}.weight"
@@ -135,8 +138,8 @@ def load_decoder(arch: Arch, weights: Weights, ops: Ops, longest: int,
     head_name = weights.find(f"{arch.names['head']}.weight", wide) or f"{arch.names['head']}.weight"
     if arch.tied:
         weights.ignore(head_name)
-    head = ops.pack(embedding if arch.tied else weights.get(head_name, wide), None)
-    return Decoder(arch, ops, embedding, layers, norm, head)
+    matrix = embedding if arch.tied or not head else weights.get(head_name, wide)
+    return Decoder(arch, ops, embedding, layers, norm, ops.pack(matrix if head else matrix[:1], None))
 
 
 class _LayerReader:

@@ -12,7 +12,7 @@ INLINE void gate_row(const void *x, void *out, long dim, const int act, const in
     for (long i = 0; i < dim; i += 16) {
         int n = dim - i < 16 ? (int)(dim - i) : 16;
         v16 gate = v_load_any_n(x, i, n, is_bf16), up = v_load_any_n(x, dim + i, n, is_bf16);
-        gate = act == ACT_SILU ? v_silu(gate) : v_gelu_tanh(gate);
+        gate = v_activate(gate, act);
         v_store_any_n(out, i, v_mul(gate, up), n, is_bf16);
     }
 }
@@ -28,6 +28,9 @@ static void gate_team(int tid, int size, void *arg) {
             if (c->act == ACT_SILU) {
                 if (c->is_bf16) gate_row(x, out, c->dim, ACT_SILU, 1);
                 else gate_row(x, out, c->dim, ACT_SILU, 0);
+            } else if (c->act == ACT_GELU) {
+                if (c->is_bf16) gate_row(x, out, c->dim, ACT_GELU, 1);
+                else gate_row(x, out, c->dim, ACT_GELU, 0);
             } else {
                 if (c->is_bf16) gate_row(x, out, c->dim, ACT_GELU_TANH, 1);
                 else gate_row(x, out, c->dim, ACT_GELU_TANH, 0);

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine_proc.kernels.decoder import Decoder, DecoderModel
 
 WeightType = Literal["bfloat16", "float32", "int8"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "tanh"]  # gelu: the exact one, by the error function
 
 
 class PackedLinear(ABC):
@@ -62,12 +62,13 @@ class Kernels(ABC):
         *,
         dtype: WeightType | None = None,
         gate: Activation | None = None,
+        post: Activation | None = None,
     ) -> PackedLinear:
         """Packs weight [N, K] (float32 or bfloat16; copied) with an optional bias [N].
 
         `dtype` is the stored type, by default the weight's; int8 has one scale per output and 64 inputs
         and quantises activations per row and 32 inputs. With `gate` the weight is [2n, K], n gate rows and then n up
-        rows, and the layer returns act(gate) * up, [T, n].
+        rows, and the layer returns act(gate) * up, [T, n]; with `post` instead it returns post(outputs).
         """
 
     @abstractmethod
@@ -92,6 +93,45 @@ class Kernels(ABC):
     @abstractmethod
     def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
         """RMSNorm over each head of x [T, heads * len(weight)], in place; returns x."""
+
+    @abstractmethod
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """LayerNorm of x [T, D]; weight, bias float32 [D]. With `add` x += add in place first. `out` may be x."""
+
+    @abstractmethod
+    def packed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: Tensor,
+        head_dim: int,
+        *,
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+        span: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention to both sides over sequences that lie one behind another; float32 throughout.
+
+        q [T, H * head_dim], k and v [T, Hkv * head_dim]; sequence s has the rows starts[s] to starts[s + 1] (int32
+        [S + 1]). `window` > 0: a token sees so many to either side. `bias` [H, 2 * span + 15] is added to the scores by
+        key - query position + span - 1, for sequences of up to `span`; what lies behind 2 * span - 1 is padding.
+        """
+
+    @abstractmethod
+    def set_spin(self, microseconds: float) -> None:
+        """How long a thread without work spins before it sleeps: less is kinder to other processes."""
 
     @abstractmethod
     def rope_cache(

@@ -19,7 +19,14 @@ from engine_proc.kernels.decoder import Decoder, DecoderModel, LayerwiseDecoder
 class TorchLinear(PackedLinear):
     """A weight as it came (int8: quantised and widened again, so that answers match the compiled kernels')."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: WeightType | None, gate: Activation | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: WeightType | None,
+        gate: Activation | None,
+        post: Activation | None,
+    ) -> None:
         self.n, self.k = weight.shape[0] // (2 if gate else 1), weight.shape[1]
         if dtype == "int8":
             weight = reference.dequantized(weight).to(weight.dtype)
@@ -28,12 +35,15 @@ class TorchLinear(PackedLinear):
         self._weight = weight.detach().clone()
         self._bias = None if bias is None else bias.detach().to(weight.dtype)
         self._gate: Activation | None = gate
+        self._post: Activation | None = post
         self.nbytes = self._weight.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         y = F.linear(x.to(self._weight.dtype), self._weight, self._bias)
         if self._gate:
             y = reference.act_mul(y, self._gate)
+        if self._post:
+            y = reference.activate(y, self._post)
         return y.to(x.dtype) if out is None else out.copy_(y)
 
 
@@ -62,8 +72,46 @@ class TorchKernels(Kernels):
         *,
         dtype: WeightType | None = None,
         gate: Activation | None = None,
+        post: Activation | None = None,
     ) -> PackedLinear:
-        return TorchLinear(weight, bias, dtype, gate)
+        return TorchLinear(weight, bias, dtype, gate, post)
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if add is not None:
+            x += add
+        y = reference.layer_norm(x, weight, bias, eps)
+        return y if out is None else out.copy_(y)
+
+    def packed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: Tensor,
+        head_dim: int,
+        *,
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+        span: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        y = reference.packed_attention(
+            q, k, v, starts, head_dim, scale=scale, window=window, bias=bias, span=span
+        )
+        return y if out is None else out.copy_(y)
+
+    def set_spin(self, microseconds: float) -> None:
+        """Torch's threads have a policy of their own."""
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None

@@ -57,7 +57,7 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
                 gate = v_add(gate, v_load_n(w->bias + col, n));
                 up = v_add(up, v_load_n(w->bias + w->n + col, n));
             }
-            gate = w->act == ACT_SILU ? v_silu(gate) : v_gelu_tanh(gate);
+            gate = v_activate(gate, w->act);
             put(g, row + r, col, v_mul(gate, up), n);
             continue;
         }
@@ -65,6 +65,7 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
             int n = w->n - col < 16 ? (int)(w->n - col) : 16;
             v16 v = v_load(c + 16 * j);
             if (w->bias) v = v_add(v, v_load_n(w->bias + col, n));
+            if (w->post) v = v_activate(v, w->post);
             put(g, row + r, col, v, n);
         }
     }

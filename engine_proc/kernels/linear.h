@@ -16,7 +16,7 @@
 #include "tile.h"
 
 enum { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2 };
-enum { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2 };
+enum { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_GELU = 3, ACT_RELU = 4, ACT_TANH = 5 };
 enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2 }; /* OUT_ADD_F32: out += scale * result */
 
 /* Mirrored field for field by native.py; all 8 bytes wide. */
@@ -25,6 +25,7 @@ typedef struct {
     const float *bias;    /* [n] (gated: [2n]) or NULL */
     int64_t n, k;         /* outputs (gated: of each half) and inputs */
     int64_t kind, act;    /* act != ACT_NONE: gated */
+    int64_t post;         /* of a layer without a gate: the activation of its outputs */
 } linear_weight;
 
 typedef struct {
@@ -37,6 +38,17 @@ typedef struct {
     int out_kind;
     float scale;
 } linear_args;
+
+INLINE v16 v_activate(v16 v, long act) {
+    switch (act) {
+    case ACT_SILU: return v_silu(v);
+    case ACT_GELU_TANH: return v_gelu_tanh(v);
+    case ACT_GELU: return v_gelu(v);
+    case ACT_RELU: return v_max(v_zero(), v);
+    case ACT_TANH: return v_tanh(v);
+    default: return v;
+    }
+}
 
 INLINE long linear_panels(const linear_weight *w) { return w->act ? (w->n + 15) / 16 : (w->n + PANEL - 1) / PANEL; }
 

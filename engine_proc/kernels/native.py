@@ -31,17 +31,21 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_rope_cache": (_I, [ctypes.c_char_p]),
     "q_attention": (_I, [ctypes.c_char_p]),
     "q_decoder_step": (_I, [ctypes.c_char_p, ctypes.c_char_p]),
+    "q_layer_norm": (None, [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I]),
+    "q_packed_attention": (_I, [ctypes.c_char_p]),
     "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
     "q_argmax": (None, [_P, _I, _L, _L, _L, _P, _P, _P]),
     "q_top_k": (None, [_P, _I, _L, _L, _L, _L, _P, _P, _P, _P]),
 }
+TICKS_PER_US = 2500  # of the time-stamp counter, about
 _PANEL = 32  # outputs of a panel (tile.h)
 _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
-_ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
+_ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5}
 _PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 64}
-_WEIGHT = struct.Struct("2q4q")  # linear_weight in linear.h
+_WEIGHT = struct.Struct("2q5q")  # linear_weight in linear.h
 _ROPE = struct.Struct("11q3q5q2q2q2d")  # rope_args in rope.h
 _ATTENTION = struct.Struct("7q3q3q5q5q2d")  # attention_args in attention.h
+_PACKED_ATTENTION = struct.Struct("6q4q7qd")  # packed_attention_args in packed_attention.h
 _BF16 = torch.bfloat16
 
 
@@ -60,7 +64,9 @@ class NativeLinear(PackedLinear):
         bias: Tensor | None,
         dtype: WeightType | None,
         gate: Activation | None,
+        post: Activation | None,
     ) -> None:
+        assert not (gate and post)
         assert weight.dim() == 2 and is_supported(weight)
         weight = weight.detach().contiguous()
         stored: str = dtype or str(weight.dtype).removeprefix("torch.")
@@ -82,6 +88,7 @@ class NativeLinear(PackedLinear):
                 self.k,
                 _KINDS[stored],
                 _ACTS[gate],
+                _ACTS[post],
             )
         )
         self.address = ctypes.addressof(self._struct)  # of the C struct, for the fused decoder
@@ -171,8 +178,9 @@ class NativeKernels(Kernels):
         *,
         dtype: WeightType | None = None,
         gate: Activation | None = None,
+        post: Activation | None = None,
     ) -> PackedLinear:
-        return NativeLinear(self.library, self._memory, weight, bias, dtype, gate)
+        return NativeLinear(self.library, self._memory, weight, bias, dtype, gate, post)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
@@ -239,6 +247,89 @@ class NativeKernels(Kernels):
             weight.dtype is _BF16,
         )
         return x
+
+    def layer_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        *,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        rows, dim = x.shape
+        if out is None:
+            out = torch.empty((rows, dim), dtype=x.dtype)
+        assert (*weight.shape,) == (dim,) and (bias is None or (*bias.shape,) == (dim,)) and (*out.shape,) == (rows, dim)
+        assert weight.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
+        assert is_supported(x) and is_supported(out) and out.dtype is x.dtype
+        assert add is None or (add.shape == x.shape and add.dtype is x.dtype and is_supported(add))
+        self.library.q_layer_norm(
+            x.data_ptr(),
+            _address(add),
+            weight.data_ptr(),
+            _address(bias),
+            out.data_ptr(),
+            rows,
+            dim,
+            x.stride(0),
+            0 if add is None else add.stride(0),
+            out.stride(0),
+            eps,
+            x.dtype is _BF16,
+        )
+        return out
+
+    def packed_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        starts: Tensor,
+        head_dim: int,
+        *,
+        scale: float,
+        window: int = 0,
+        bias: Tensor | None = None,
+        span: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        rows = q.shape[0]
+        if out is None:
+            out = torch.empty((rows, q.shape[1]))
+        heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
+        assert k.shape == v.shape == (rows, kv_heads * head_dim) and heads % kv_heads == 0 and out.shape == q.shape
+        assert all(t.dtype is torch.float32 and t.is_cpu and t.stride(1) == 1 for t in (q, k, v, out))
+        assert starts.dtype is torch.int32 and starts.is_contiguous()
+        assert bias is None or (bias.shape == (heads, 2 * span + 15) and bias.is_contiguous())
+        failed = self.library.q_packed_attention(
+            _PACKED_ATTENTION.pack(
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                out.data_ptr(),
+                starts.data_ptr(),
+                _address(bias),
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                out.stride(0),
+                rows,
+                starts.shape[0] - 1,
+                heads,
+                kv_heads,
+                head_dim,
+                window,
+                span,
+                scale,
+            )
+        )
+        check(failed, "packed_attention")
+        return out
+
+    def set_spin(self, microseconds: float) -> None:
+        self.library.q_set_spin(int(microseconds * TICKS_PER_US))
 
     def rope_cache(
         self,

@@ -1,4 +1,4 @@
-/* RMSNorm kernels: plain, fused with the residual addition, and per head (qk-norm). */
+/* RMSNorm kernels: plain, fused with the residual addition, and per head (qk-norm); LayerNorm, plain and fused. */
 #include "pool.h"
 #include "rows.h"
 
@@ -42,4 +42,35 @@ void q_rms_norm(void *x, const void *add, const void *w, void *out, long rows, l
                 long ldo, float eps, float offset, int is_bf16, int w_bf16) {
     norm_call c = {x, add, w, out, rows, inner, dim, ldx, lda, ldo, eps, offset, is_bf16, w_bf16};
     pool_call(norm_team, &c, rows * inner * dim);
+}
+
+typedef struct {
+    char *x;
+    const char *add;
+    const float *w, *b;
+    char *out;
+    long rows, dim, ldx, lda, ldo;
+    float eps;
+    int is_bf16;
+} layer_norm_call;
+
+static void layer_norm_team(int tid, int size, void *arg) {
+    (void)tid;
+    layer_norm_call *c = arg;
+    long bytes = c->is_bf16 ? 2 : 4, end;
+    for (long r; (r = team_take(c->rows, team_chunk(c->rows, size), &end)) >= 0;)
+        for (; r < end; r++) {
+            char *x = c->x + r * c->ldx * bytes, *out = c->out + r * c->ldo * bytes;
+            const char *add = c->add ? c->add + r * c->lda * bytes : NULL;
+            if (c->is_bf16) layer_norm_row(x, add, c->w, c->b, out, c->dim, c->eps, 1);
+            else layer_norm_row(x, add, c->w, c->b, out, c->dim, c->eps, 0);
+        }
+    team_barrier(size);
+}
+
+/* Entry point for Python.  As q_rms_norm; w[dim] and b[dim] (may be NULL) are float. */
+void q_layer_norm(void *x, const void *add, const float *w, const float *b, void *out, long rows, long dim, long ldx,
+                  long lda, long ldo, float eps, int is_bf16) {
+    layer_norm_call c = {x, add, w, b, out, rows, dim, ldx, lda, ldo, eps, is_bf16};
+    pool_call(layer_norm_team, &c, rows * dim);
 }

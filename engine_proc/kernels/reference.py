@@ -56,8 +56,59 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def act_mul(x: Tensor, act: str) -> Tensor:
     """x [T, 2 * I] -> act(first half) * second half."""
     gate, up = _wide(x).chunk(2, dim=-1)
-    gate = F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")
-    return (gate * up).to(x.dtype)
+    return (activate(gate, act) * up).to(x.dtype)
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """The activation of that name."""
+    match act:
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "tanh":
+            return torch.tanh(x)
+    assert act == "silu"
+    return F.silu(x)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / deviation * weight + bias over the last dimension."""
+    wide = _wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * _wide(weight)
+    return (out if bias is None else out + _wide(bias)).to(x.dtype)
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    head_dim: int,
+    *,
+    scale: float,
+    window: int = 0,
+    bias: Tensor | None = None,
+    span: int = 0,
+) -> Tensor:
+    """q [T, H * D], k and v [T, Hkv * D]: every token sees its own sequence, both sides of it."""
+    group = q.shape[1] // k.shape[1]
+    parts = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist()):
+        heads = [t[start:end].unflatten(1, (-1, head_dim)).transpose(0, 1) for t in (q, k, v)]
+        keys, values = (t.repeat_interleave(group, 0) for t in heads[1:])
+        scores = heads[0] @ keys.transpose(1, 2) * scale
+        here = torch.arange(end - start)
+        apart = here[None, :] - here[:, None]
+        if bias is not None:
+            scores = scores + bias[:, apart + span - 1]
+        if window:
+            scores = scores.masked_fill(apart.abs() > window, -torch.inf)
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1).flatten(1))
+    return torch.cat(parts)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

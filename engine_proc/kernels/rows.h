@@ -1,6 +1,6 @@
 /* Operations on single rows, shared by the kernels that Python calls and by the fused decoder.
  *
- * Owns: RMSNorm of a row, rotary embedding of a head.  Sums are in float32 and in one fixed order.
+ * Owns: RMSNorm and LayerNorm of a row, rotary embedding of a head.  Sums are in float32 and in one fixed order.
  */
 #ifndef QUARTET_ROWS_H
 #define QUARTET_ROWS_H
@@ -29,6 +29,36 @@ INLINE void rms_norm_row(void *x, const void *add, const void *w, void *out, lon
         v16 g = v_load_any_n(w, i, n, w_bf16);
         v = v_mul(v_mul(v, factor), v_add(g, shift));
         v_store_any_n(out, i, v, n, out_bf16);
+    }
+}
+
+/* out[dim] = (x - mean(x)) / deviation(x) * w + b (b may be NULL); `add` as above.  w and b are float. */
+INLINE void layer_norm_row(void *x, const void *add, const float *w, const float *b, void *out, long dim, float eps,
+                           int is_bf16) {
+    v16 sum = v_zero(), squares = v_zero();
+    for (long i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? (int)(dim - i) : 16;
+        v16 v = v_load_any_n(x, i, n, is_bf16);
+        if (add) {
+            v = v_add(v, v_load_any_n(add, i, n, is_bf16));
+            v_store_any_n(x, i, v, n, is_bf16);
+            if (is_bf16) v = v_load_any_n(x, i, n, 1);
+        }
+        sum = v_add(sum, v);
+    }
+    v16 mean = v_set1(v_sum(sum) / (float)dim);
+    for (long i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? (int)(dim - i) : 16;
+        v16 v = v_sub(v_load_any_n(x, i, n, is_bf16), mean);
+        if (n < 16) v = v_keep(v, 0, n, v_zero());
+        squares = v_fma(v, v, squares);
+    }
+    v16 factor = v_set1(1.0f / sqrtf(v_sum(squares) / (float)dim + eps));
+    for (long i = 0; i < dim; i += 16) {
+        int n = dim - i < 16 ? (int)(dim - i) : 16;
+        v16 v = v_mul(v_mul(v_sub(v_load_any_n(x, i, n, is_bf16), mean), factor), v_load_n(w + i, n));
+        if (b) v = v_add(v, v_load_n(b + i, n));
+        v_store_any_n(out, i, v, n, is_bf16);
     }
 }
 

@@ -104,6 +104,18 @@ INLINE v16 v_silu(v16 x) {
     return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), x))));
 }
 
+/* x * Phi(x), by the complementary error function of Abramowitz & Stegun 7.1.26 (absolute error 1e-7). */
+INLINE v16 v_gelu(v16 x) {
+    v16 size = v_max(v_sub(v_zero(), x), x);
+    v16 t = v_div(v_set1(1.0f), v_fma(size, v_set1(0.3275911f * 0.70710678118654752f), v_set1(1.0f)));
+    v16 p = v_fma(v_set1(1.061405429f), t, v_set1(-1.453152027f));
+    p = v_fma(p, t, v_set1(1.421413741f));
+    p = v_fma(p, t, v_set1(-0.284496736f));
+    p = v_fma(p, t, v_set1(0.254829592f));
+    v16 tail = v_mul(v_mul(p, t), v_exp(v_mul(v_mul(x, x), v_set1(-0.5f))));
+    return v_sub(v_max(v_zero(), x), v_mul(v_mul(size, v_set1(0.5f)), tail));
+}
+
 INLINE v16 v_gelu_tanh(v16 x) {
     v16 inner = v_mul(v_mul(x, v_set1(0.7978845608028654f)), v_fma(v_mul(x, x), v_set1(0.044715f), v_set1(1.0f)));
     return v_mul(v_mul(v_set1(0.5f), x), v_add(v_set1(1.0f), v_tanh(inner)));

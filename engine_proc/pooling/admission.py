@@ -32,7 +32,8 @@ class PoolLimits:
 
     @classmethod
     def of(cls, runner: PoolRunner, max_model_len: int, max_waiting: int) -> PoolLimits:
-        return cls(max_model_len=max_model_len, vocab_size=runner.vocab_size, num_type_ids=runner.num_type_ids,
+        longest = min(max_model_len, runner.max_positions or max_model_len)
+        return cls(max_model_len=longest, vocab_size=runner.vocab_size, num_type_ids=runner.num_type_ids,
                    tasks=runner.tasks, dimension=runner.dimension, num_labels=runner.num_labels,
                    matryoshka=runner.matryoshka, max_waiting=max_waiting)
 

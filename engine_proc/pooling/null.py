@@ -64,7 +64,7 @@ class NullPoolRunner:
         script = Script.parse(model.engine.null_script)
         self.depth, self.padded = depth, False
         self.vocab_size = model.vocab_size or DEFAULT_VOCAB
-        self.num_type_ids = 2
+        self.num_type_ids, self.max_positions = 2, 0
         self.tasks: tuple[str, ...] = TASKS[model.task]
         self.dimension = script.dimension if model.task == "embed" else 0
         self.num_labels = {"embed": 0, "classify": script.labels, "score": 1}[model.task]

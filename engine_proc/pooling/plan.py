@@ -43,6 +43,7 @@ class PoolRunner(Protocol):
 
     depth: int                                # batches that may be in flight while another is launched
     vocab_size: int
+    max_positions: int                        # tokens of the longest input that the model takes; 0: any number
     num_type_ids: int                         # 1 where the model cannot tell two texts apart
     padded: bool                              # a batch costs its longest input times their number
     tasks: tuple[str, ...]

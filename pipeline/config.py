@@ -70,7 +70,6 @@ class ModelConfig:
     prompts: dict[str, str] = field(default_factory=dict)    # sentence-transformers: put ahead of a text, by name
     default_prompt: str = ""                 # the one that a request which names none gets
     long_inputs: str = "error"               # error | truncate: inputs of pooling models beyond max_model_len
-    pooler: dict[str, Any] = field(default_factory=dict)     # --pooler-config, over what the model's files say
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

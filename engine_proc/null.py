@@ -4,6 +4,7 @@ The next id is a pure function of the ids so far (and of the choice and seed in 
 pre-emption and continuation cannot change a text. `null_script` is a mode and options, separated by semicolons:
 
     echo            repeats the prompt's ids, cyclically
+    say             repeats the prompt's ids once, and ends: with a template that is the last message, what one likes
     count           the last id plus one, modulo the vocabulary
     hash            a hash of the last four ids and, unless greedy, the seed and the choice (the default)
     eos_after=N     the output id number N (from 0) is the end of sequence
@@ -29,7 +30,7 @@ from pipeline.messages import Logprobs
 
 DEFAULT_BLOCKS = 4096
 DEFAULT_VOCAB = 32_000
-MODES = ("hash", "echo", "count")
+MODES = ("hash", "echo", "say", "count")
 NUMBERS = ("eos_after", "hang_at")
 WINDOW = 4                    # ids that "hash" looks at
 
@@ -61,9 +62,10 @@ class Script:
         if output == self.hang_at and not seq.num_history:
             _hang()
         may_end = output >= seq.sampling.min_tokens
-        if self.eos_after is not None and output >= self.eos_after and may_end and seq.eos_id >= 0:
+        end = seq.num_prompt if self.mode == "say" else self.eos_after
+        if end is not None and output >= end and may_end and seq.eos_id >= 0:
             return seq.eos_id
-        if self.mode == "echo":
+        if self.mode in ("echo", "say"):
             token = ids[output % seq.num_prompt]
         elif self.mode == "count":
             token = (ids[-1] + 1) % vocab_size

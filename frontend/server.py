@@ -20,13 +20,14 @@ from sanic.http import Http
 from sanic.http.constants import HTTP
 from sanic.server import AsyncioServer
 
-from frontend import generate, info, invocations, pooling, tokens
+from frontend import generate, info, invocations, pooling, speech, tokens
 from frontend.admission import Admission
 from frontend.ingress import Ingress
 from frontend.keys import Keys
 from frontend.metrics import FrontendMetrics
 from frontend.stages import Stages
 from frontend.table import RequestTable
+from frontend.upload import OVERHEAD
 from pipeline import __version__
 from pipeline.config import ServerConfig
 from pipeline.messages import Kind, MetricFamily
@@ -59,17 +60,19 @@ def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any
     """The application with every route. `name` is unique within the process."""
     http = frontend.config.http
     Http.HEADER_CEILING = max(http.max_header_bytes, 16384)         # above Sanic's own only where somebody asks for it
+    largest = max(http.max_body_bytes, frontend.config.audio.max_bytes + OVERHEAD)       # each route has a limit of its own
     config = Config(env_prefix=None)
     config.update_config({
         "ACCESS_LOG": False, "AUTO_EXTEND": False, "FALLBACK_ERROR_FORMAT": "json", "INSPECTOR": False, "MOTD": False,
         "NOISY_EXCEPTIONS": False, "OAS": False, "KEEP_ALIVE_TIMEOUT": 120, "REQUEST_TIMEOUT": 60,
-        "RESPONSE_TIMEOUT": max(3600.0, http.request_timeout_s + 60), "REQUEST_MAX_SIZE": http.max_body_bytes,
+        "RESPONSE_TIMEOUT": max(3600.0, http.request_timeout_s + 60), "REQUEST_MAX_SIZE": largest,
         "REQUEST_MAX_HEADER_SIZE": http.max_header_bytes, "GRACEFUL_TCP_CLOSE_TIMEOUT": 2.0,
         "REQUEST_BUFFER_SIZE": max(65536, http.max_header_bytes + 4096)})
     app: Sanic[Any, Any] = Sanic(name, config=config, configure_logging=False)
     ingress = Ingress(app, frontend.keys, http, frontend.metrics, lambda: frontend.table.draining)
     generate.Generate(frontend, ingress).register()
     pooling.Pooling(frontend).register(ingress)
+    speech.Speech(frontend, ingress).register()
     tokens.Tokens(frontend).register(ingress)
     info.Info(frontend).register(ingress)
     invocations.Invocations(frontend, ingress).register()

@@ -15,6 +15,7 @@ from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe, task_of
 from pipeline.config import (
     POOLING_TASKS,
     AccessLogConfig,
+    AudioConfig,
     CorsConfig,
     EdgeConfig,
     EngineConfig,
@@ -249,6 +250,8 @@ def server_config(settings: Settings, models: Sequence[ModelConfig], *, run_dir:
                 origins=settings["allowed_origins"], methods=settings["allowed_methods"],
                 headers=settings["allowed_headers"], credentials=settings["allow_credentials"]),
             log=log_config(settings)),
+        audio=AudioConfig(max_bytes=settings["max_audio_clip_filesize_mb"] * 2**20,
+                          max_seconds=settings["max_audio_seconds"]),
         edge=EdgeConfig(endpoint=settings["zmq_endpoint"], key_dir=_absolute(settings["zmq_keys"])),
         limits=LimitsConfig(max_requests=settings["max_requests"], max_bytes=settings["max_inflight_bytes"],
                             max_tokens=settings["max_inflight_tokens"]),

@@ -133,6 +133,14 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AudioConfig:
+    """Limits of what is uploaded to be transcribed."""
+
+    max_bytes: int = 25 * 2**20              # of a file
+    max_seconds: float = 4 * 3600.0          # of sound in it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeConfig:
     """The side door for `pipeline.client`."""
 
@@ -174,6 +182,7 @@ class ServerConfig:
     launcher_pid: int = 0
     http: HttpConfig = field(default_factory=HttpConfig)
     edge: EdgeConfig = field(default_factory=EdgeConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     timeouts: TimeoutsConfig = field(default_factory=TimeoutsConfig)
     trust_request_chat_template: bool = False

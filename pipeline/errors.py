@@ -28,6 +28,7 @@ CATALOGUE: dict[str, tuple[int, str, bool]] = {
     "numerical_error": (500, "server_error", False),
     "out_of_memory": (500, "server_error", True),
     "poisoned_request": (500, "server_error", False),
+    "insufficient_storage": (503, "server_error", True),
     "engine_unavailable": (503, "server_error", True),
     "draining": (503, "server_error", True),
     "timeout": (504, "server_error", True),

@@ -20,6 +20,8 @@ from pipeline.values import HIDDEN
 
 PREFIX = "QUARTET_"
 OTHER_VARIABLES = frozenset({"QUARTET_CONFIG", "QUARTET_CACHE", "QUARTET_HOME", "QUARTET_TEST_GGUF"})
+# Variables of vLLM that our users have set, and what we call them.
+VLLM_VARIABLES = {"VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "QUARTET_MAX_AUDIO_CLIP_FILESIZE_MB"}
 # What Kubernetes puts into every container beside a service that is called "quartet".
 KUBERNETES = re.compile(r"QUARTET_(SERVICE_(HOST|PORT.*)|PORT_\d+_(TCP|UDP).*)")
 MAX_FILE_BYTES = 2**20
@@ -167,6 +169,8 @@ def _from_environment(environment: Mapping[str, str], values: dict[str, Value]) 
     warnings = []
     for name, text in environment.items():
         option = options.get(name)
+        if name in VLLM_VARIABLES and not environment.get(VLLM_VARIABLES[name]):
+            option = options[VLLM_VARIABLES[name]]
         if option is None:
             if name.startswith(PREFIX) and name not in OTHER_VARIABLES and not KUBERNETES.fullmatch(name):
                 warnings.append(f"The variable {name} is no option of quartet" + nearest(name, options))

@@ -1,10 +1,12 @@
 """`python -m tokenizer_proc --config FILE --index N --epoch E`: the tokenizer process."""
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 
 from pipeline.errors import StartError
+from pipeline.exits import CONFIG
 from pipeline.messages import Kind
 from pipeline.stage import Context, run
 from tokenizer_proc.worker import TextModels, TokenizerWorker
@@ -26,7 +28,12 @@ def build(context: Context) -> TokenizerWorker:
             if len(context.config.models) == 1:
                 raise
             log.error("%s", error.message)
-    return TokenizerWorker(context.config, context.index, context.epoch, context.sender, context.registry, models)
+    worker = TokenizerWorker(context.config, context.index, context.epoch, context.sender, context.registry, models)
+    if any(model.task == "transcribe" for model in context.config.models):
+        if any(importlib.util.find_spec(name) is None for name in ("av", "librosa", "soundfile", "soxr")):
+            raise StartError(CONFIG, "Speech models need more packages: pip install 'quartet-serve[audio]'.")
+        worker.recordings.warm_up()
+    return worker
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pipeline.messages import (
     Abort,
     Add,
     Adds,
+    AudioCredit,
     Chat,
     DetokenizeAnswer,
     DetokenizeQuery,
@@ -32,6 +33,7 @@ from pipeline.messages import (
     Load,
     PoolAdds,
     Submit,
+    SubmitAudio,
     SubmitPool,
     TokenizeAnswer,
     TokenizeQuery,
@@ -42,6 +44,7 @@ from pipeline.messages import (
 from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
+from tokenizer_proc.audio.recordings import Recordings
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
 from tokenizer_proc.pool import PoolWork, Result
@@ -55,6 +58,8 @@ MAX_UNSENT_BYTES = 64 * 2**20
 RETRY_NS = 5_000_000                # how soon an outbox that was full is tried again
 POOL_TURN = 8                       # other requests that may go ahead of a slice of a pooling request
 Work = Submit | TokenizeQuery | DetokenizeQuery | PoolWork
+Message = Submit | SubmitPool | SubmitAudio | AudioCredit | TokenizeQuery | DetokenizeQuery
+ROUTED = (Submit, SubmitPool, SubmitAudio)
 log = logging.getLogger(__name__)
 
 
@@ -90,12 +95,15 @@ class TokenizerWorker:
         self._pending_bytes = 0
         self._unsent: deque[Unsent] = deque()
         self._unsent_bytes = 0
+        self.recordings = Recordings(
+            config.models, config.audio.max_seconds, self._send,
+            lambda rid, error: self._fail(rid, error.code, error.message, error.param))
         self._outcomes = Counter("quartet:tokenizer_requests", "Requests that were worked on, by outcome.", ["outcome"],
                                  registry=registry)
         self._dropped = Counter("quartet:tokenizer_dropped", "Messages that were dropped, by reason.", ["reason"],
                                 registry=registry)
         Gauge("quartet:tokenizer_pending", "Requests that wait for the tokenizer.", registry=registry).set_function(
-            lambda: len(self._pending) + len(self._pools))
+            lambda: len(self._pending) + len(self._pools) + len(self.recordings))
 
     # ---- Logic ---------------------------------------------------------------------------------------------------
 
@@ -106,14 +114,18 @@ class TokenizerWorker:
                 self._forget(rid)
             if self._unsent:
                 self._discard(lambda rid: rid in rids)
-        elif not isinstance(message, (Submit, SubmitPool, TokenizeQuery, DetokenizeQuery)):
+        elif not isinstance(message, (Submit, SubmitPool, SubmitAudio, AudioCredit, TokenizeQuery, DetokenizeQuery)):
             raise BadFrame("not for a tokenizer")
         elif self._misrouted(message):
             raise BadFrame("from no frontend or for no engine of ours")
         elif self._epoch_of(message) != self._epoch:
             self._dropped.labels(reason="old_epoch").inc()
-        elif message.rid in self._pending or message.rid in self._pools:
+        elif isinstance(message, AudioCredit):
+            self.recordings.grant(message.rid, message.credit)
+        elif message.rid in self._pending or message.rid in self._pools or message.rid in self.recordings:
             self._dropped.labels(reason="twice").inc()
+        elif isinstance(message, SubmitAudio):
+            self.recordings.submit(message)
         elif isinstance(message, SubmitPool):
             self._pools[message.rid] = PoolWork(message)
             self._pending_bytes += _size(self._pools[message.rid])
@@ -125,6 +137,8 @@ class TokenizerWorker:
         """One piece of work, and what waits to be sent."""
         if self._unsent:
             self._retry()
+        if self._unsent_bytes < MAX_UNSENT_BYTES:
+            self.recordings.turn()
         if self.has_work():
             work = self._next()
             if not self._work(work):
@@ -149,17 +163,17 @@ class TokenizerWorker:
                 and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES)
 
     def next_timer_ns(self) -> int | None:
-        return time.monotonic_ns() + RETRY_NS if self._unsent else None
+        return time.monotonic_ns() + RETRY_NS if self._unsent else self.recordings.next_timer_ns()
 
     def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
         if kind is Kind.FRONTEND:
             short = short_epoch(epoch)
-            gone = [rid for rid in (*self._pending, *self._pools)
+            gone = [rid for rid in (*self._pending, *self._pools, *self.recordings.rids())
                     if frontend_index(rid) == index and frontend_epoch(rid) != short]
             self._discard(lambda rid: frontend_index(rid) == index and frontend_epoch(rid) != short)
         elif kind is Kind.ENGINE:
             routes = [(rid, work.route) for rid, work in self._pending.items() if isinstance(work, Submit)]
-            routes += [(rid, work.submit.route) for rid, work in self._pools.items()]
+            routes += [(rid, work.submit.route) for rid, work in self._pools.items()] + self.recordings.routes()
             gone = [rid for rid, route in routes if route.engine == index and route.engine_epoch < epoch]
             self._discard(lambda rid: False, Address(Kind.ENGINE, index), epoch)
         else:
@@ -168,7 +182,7 @@ class TokenizerWorker:
             self._forget(rid)
 
     def load(self) -> Load:
-        return Load(waiting=len(self._pending) + len(self._pools), outstanding_bytes=self._pending_bytes)
+        return Load(waiting=len(self._pending) + len(self._pools) + len(self.recordings), outstanding_bytes=self._pending_bytes)
 
     # ---- work ----------------------------------------------------------------------------------------------------
 
@@ -231,16 +245,17 @@ class TokenizerWorker:
         self._send(Address(Kind.FRONTEND, frontend_index(rid)),
                    Failed(Kind.TOKENIZER, self._index, self._epoch, [FailedItem(rid, code, message, param)]), 200)
 
-    def _misrouted(self, work: Submit | SubmitPool | TokenizeQuery | DetokenizeQuery) -> bool:
+    def _misrouted(self, work: Message) -> bool:
         """Whether a process that does not exist is named: no socket is ever made towards those."""
         return (frontend_index(work.rid) >= self._num_frontends
-                or (isinstance(work, (Submit, SubmitPool)) and work.route.engine >= self._num_engines))
+                or (isinstance(work, ROUTED) and work.route.engine >= self._num_engines))
 
-    def _epoch_of(self, work: Submit | SubmitPool | TokenizeQuery | DetokenizeQuery) -> int:
-        return work.route.tokenizer_epoch if isinstance(work, (Submit, SubmitPool)) else work.tokenizer_epoch
+    def _epoch_of(self, work: Message) -> int:
+        return work.route.tokenizer_epoch if isinstance(work, ROUTED) else work.tokenizer_epoch
 
     def _forget(self, rid: int) -> Work | None:
         """Take work off the list; None when it is not there, which is normal for an abort."""
+        self.recordings.forget(rid)
         work = self._pending.pop(rid, None) or self._pools.pop(rid, None)
         if work is not None:
             self._pending_bytes -= _size(work)
@@ -267,7 +282,7 @@ class TokenizerWorker:
         """Drop results whose request, or whose engine, is gone."""
         self._keep(deque(entry for entry in self._unsent if not (
             gone(_rid_of(entry.message)) or (
-                entry.to == engine and entry.message.items[0].route.engine_epoch < engine_epoch))))
+                entry.to == engine and _first(entry.message).route.engine_epoch < engine_epoch))))
 
     def _keep(self, entries: deque[Unsent]) -> None:
         self._unsent = entries
@@ -288,9 +303,14 @@ def _rids(message: Abort) -> set[int]:
         return set()
 
 
+def _first(message: Any) -> Any:
+    """The record in a message that tells whose it is."""
+    return message.items[0] if isinstance(message, (Adds, PoolAdds, Failed)) else message
+
+
 def _rid_of(message: Any) -> int:
     """The request that a result is for."""
-    return int(message.items[0].rid if isinstance(message, (Adds, PoolAdds, Failed)) else message.rid)
+    return int(_first(message).rid)
 
 
 def _size(work: Work) -> int:

@@ -21,8 +21,8 @@ MIN_RATE, MAX_RATE = 4_000, 192_000
 DEMUXERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "ogg", "mp3", "aac", "flac", "wav")
 # What a file begins with: (offset, bytes) -> how FFmpeg's demuxer for it is called, "" for libsndfile.
 SIGNATURES = (
-    (0, b"RIFF", ""), (0, b"RF64", ""), (0, b"fLaC", ""), (0, b"ID3", ""), (4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"),
-    (0, b"OggS", ""))
+    (0, b"RIFF", ""), (0, b"RF64", ""), (0, b"fLaC", ""), (0, b"ID3", ""), (0, b"OggS", ""), (4, b"ftyp", "mov"),
+    (0, b"\x1a\x45\xdf\xa3", "matroska"))
 
 
 class BadAudio(Exception):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from pipeline.config import ModelConfig
 from pipeline.errors import QuartetError
-from pipeline.messages import AudioWindow, Kind, SpeechAdd, SubmitAudio, unpack_ids
+from pipeline.messages import AudioWindow, Kind, Route, SpeechAdd, SubmitAudio, unpack_ids
 from pipeline.transport import Address
 from tokenizer_proc.audio.process import DecoderProcess, WorkerDied
 from tokenizer_proc.audio.protocol import Command, NoWindow, WindowAnswer
@@ -60,9 +60,11 @@ class Recordings:
     def __contains__(self, rid: int) -> bool:
         return rid in self._held
 
-    def routes(self) -> list[tuple[int, int, int]]:
-        """(rid, engine, its epoch) of everything held."""
-        return [(rid, r.submit.route.engine, r.submit.route.engine_epoch) for rid, r in self._held.items()]
+    def rids(self) -> list[int]:
+        return list(self._held)
+
+    def routes(self) -> list[tuple[int, Route]]:
+        return [(rid, r.submit.route) for rid, r in self._held.items()]
 
     # ---- from the frontend -----------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ class SpeechBody(Body):
     """What both forms have in common, beside the file."""
 
     model_config = ConfigDict(strict=False, extra="ignore", allow_inf_nan=False, protected_namespaces=())
-    NAME: ClassVar[str] = ""
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"response_format"})
 
     model: str | None = None
     language: Language | None = Field(None, description="ISO 639-1 code of what is spoken (default: the model tells)")

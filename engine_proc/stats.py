@@ -13,6 +13,7 @@ from pipeline.ids import child
 from pipeline.messages import Finish
 
 LATENCIES_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+PER_TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 STEP_TOKENS = (1, *(8 << i for i in range(12)))
 REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length",
            Finish.ABORT: "abort", Finish.ERROR: "error", Finish.REPETITION: "repetition"}
@@ -47,6 +48,9 @@ class Stats:
         gauge("vllm:num_requests_waiting", "Sequences that wait.").set_function(lambda: scheduler.num_waiting)
         gauge("vllm:kv_cache_usage_perc", "Used share of the KV cache, 0 to 1.").set_function(
             lambda: pool.num_used / (pool.num_blocks - 1))
+        Gauge("vllm:cache_config_info", "The KV cache: 1, with its configuration as labels.",
+              ["engine", "block_size", "num_gpu_blocks", "enable_prefix_caching"], registry=registry).labels(
+            str(index), str(pool.block_size), str(pool.num_blocks), str(pool.caching)).set(1)
         self._cache_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._cache_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._preemptions = counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
@@ -54,6 +58,9 @@ class Stats:
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed per step.", STEP_TOKENS)
         self._queue_s = histogram("vllm:request_queue_time_seconds", "Waiting, before the first step.", LATENCIES_S)
+        self._inference_s = histogram("vllm:request_inference_time_seconds", "First step to the end.", LATENCIES_S)
+        self._per_token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a request.", PER_TOKEN_S)
         self._prefill_s = histogram("vllm:request_prefill_time_seconds", "First step to first token.", LATENCIES_S)
         self._decode_s = histogram("vllm:request_decode_time_seconds", "First to last token.", LATENCIES_S)
         tokens = token_buckets(max_model_len)
@@ -92,6 +99,9 @@ class Stats:
         if seq.first_token_ns:
             self._prefill_s.observe((seq.first_token_ns - seq.started_ns) / 1e9)
             self._decode_s.observe((now - seq.first_token_ns) / 1e9)
+            self._inference_s.observe((now - seq.started_ns) / 1e9)
+            if seq.num_output > 1:
+                self._per_token_s.observe((now - seq.first_token_ns) / 1e9 / (seq.num_output - 1))
             self._request_generation.observe(seq.num_output)
             if child(seq.rid) == 0:
                 self._request_prompt.observe(seq.num_prompt)

@@ -34,6 +34,8 @@ class Call:
     labelled: bool                           # the id is the caller's own
     started: float = field(default_factory=time.monotonic)
     body: bytes = b""
+    received: int = 0                        # bytes of the request's body
+    sent: int = 0                            # bytes of the answer's body
     status: int = 0                          # set by handlers that answer by themselves (streams)
     fields: dict[str, Any] = field(default_factory=dict)     # for the access log
 
@@ -108,6 +110,7 @@ class Call:
                 raise QuartetError("request_timeout", "The body did not arrive in time.") from None
             if data:
                 size += len(data)
+                self.received += len(data)
                 if size > limit:
                     raise _too_large(limit)
                 yield data

@@ -30,12 +30,13 @@ _TEMPLATE = """
     messages tools add_generation_prompt continue_final_message documents chat_template chat_template_kwargs
     media_io_kwargs mm_processor_kwargs
 """
-_POOLING = """
-    model truncate_prompt_tokens truncation_side add_special_tokens priority request_id user use_activation softmax
-    activation normalize mm_processor_kwargs padding cache_salt
+_COMMON = """
+    model truncate_prompt_tokens truncation_side priority request_id user use_activation mm_processor_kwargs padding
+    cache_salt
 """
-_VECTORS = f"{_POOLING} {_TEMPLATE} input encoding_format embed_dtype endianness dimensions"
-_SCORING = f"{_POOLING} max_tokens_per_query max_tokens_per_doc instruction chat_template_kwargs"
+_CHAT = "messages add_generation_prompt continue_final_message chat_template chat_template_kwargs media_io_kwargs"
+_VECTORS = f"input {_COMMON} add_special_tokens {_CHAT} encoding_format embed_dtype endianness dimensions normalize"
+_SCORING = f"{_COMMON} softmax activation max_tokens_per_query max_tokens_per_doc instruction"
 _SPEECH = """
     file model prompt response_format language to_language stream stream_include_usage stream_continuous_usage_stats
     temperature top_p top_k min_p seed frequency_penalty presence_penalty repetition_penalty use_beam_search n
@@ -46,12 +47,12 @@ YARDSTICK: dict[str, tuple[str, ...]] = {path: tuple(dict.fromkeys(names.split()
     "/v1/chat/completions": f"{_TEMPLATE} {_SAMPLING} max_completion_tokens top_logprobs tool_choice parallel_tool_calls"
                             " reasoning_effort include_reasoning return_prompt_text audio modalities prediction functions"
                             " function_call verbosity web_search_options",
-    "/tokenize": f"model prompt add_special_tokens return_token_strs {_TEMPLATE}",
+    "/tokenize": f"model prompt add_special_tokens return_token_strs tools {_CHAT} mm_processor_kwargs",
     "/detokenize": "model tokens",
     "/v1/embeddings": _VECTORS,
-    "/pooling": f"{_VECTORS} task",
-    "/classify": f"{_POOLING} {_TEMPLATE} input",
-    "/score": f"text_1 text_2 queries documents {_SCORING}",
+    "/pooling": f"{_VECTORS} task softmax activation",
+    "/classify": f"input {_COMMON} add_special_tokens {_CHAT} softmax activation",
+    "/score": f"text_1 text_2 {_SCORING}",
     "/rerank": f"query documents top_n return_documents {_SCORING}",
     "/v1/audio/transcriptions": f"{_SPEECH} timestamp_granularities include chunking_strategy",
     "/v1/audio/translations": _SPEECH,
@@ -72,10 +73,11 @@ WHY: dict[str, str] = {
 
 def status(path: str, name: str) -> tuple[str, str]:
     """("honoured" | "refused" | "no effect" | "unknown", what else there is to say) of a parameter at an endpoint."""
-    if name in REFUSED and not any(name in body.HONOURS for body in POSTS[path][1]):
+    bodies = POSTS[path][1]
+    if name in REFUSED and not any(name in body.HONOURS for body in bodies):
         values = [f"`{json.dumps(value)}`" for value in REFUSED[name]]
         return "refused", f"taken as {' or '.join(values)}, which asks for nothing" if values else ""
-    for body in POSTS[path][1]:
+    for body in bodies:
         if name in body.model_fields:
             return "honoured", _note(body, name)
     if name in NO_EFFECT:
@@ -107,8 +109,11 @@ def page() -> str:
              "Made by `python -m frontend.compatibility` from the schemas that validate; a test compares.",
              "*honoured*: does what its name says, or is an error that names it. *refused*: 400 `unsupported_parameter`, never",
              "ignored. *no effect*: accepted, and why it changes nothing. `null` is the same as leaving a parameter out.", ""]
-    for path in POSTS:
-        lines += [f"## POST {path}", "", "| Parameter | Here | |", "|---|---|---|",
+    for path, entry in POSTS.items():
+        same = [other for other in POSTS if POSTS[other] == entry]
+        if path != same[0]:
+            continue
+        lines += [f"## POST {', '.join(same)}", "", "| Parameter | Here | |", "|---|---|---|",
                   *_rows(path, [*YARDSTICK.get(path, ()), *own(path)]), ""]
     return "\n".join(lines)
 

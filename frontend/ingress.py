@@ -87,7 +87,7 @@ class Ingress:
                     self._finish(call, path, quiet)
             if response is not None:
                 self._decorate(call, response)
-                call.status = response.status
+                call.status, call.sent = response.status, len(response.body or b"")
                 self._finish(call, path, quiet)
                 if call.unread:
                     await (await http.respond(response)).send(end_stream=True)
@@ -150,7 +150,7 @@ class Ingress:
 
     def _finish(self, call: Call, path: str, quiet: bool) -> None:
         http = call.http
-        self._metrics.http(path, http.method, call.status, call.elapsed_s)
+        self._metrics.http(path, http.method, call.status, call.elapsed_s, call.received, call.sent)
         if not self._log.enabled or path in self._log.quiet_paths:
             return
         level = logging.DEBUG if quiet else logging.INFO

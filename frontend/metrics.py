@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 
 from frontend.admission import Admission
 from frontend.pool_schema import MAX_INPUTS
@@ -22,6 +22,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"}
 TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 ITL = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+FINE = (.01, .025, .05, .075, .1, .25, .5, .75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60)
 ENGINE = "0"
 OPEN_REQUESTS = "quartet:open_requests"
 
@@ -48,11 +49,16 @@ class FrontendMetrics:
         self._n = histogram("request_params_n", "Choices asked for.", (1, 2, 5, 10, 20))
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
         self._inputs = histogram("request_params_inputs", "Inputs of a pooling request.", _one_two_five(MAX_INPUTS))
+        self._longest = histogram("request_max_num_generation_tokens", "Tokens of a request's longest choice.", tokens)
         self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
         self._seconds = Histogram("http_request_duration_seconds", "Duration of HTTP requests.", ["handler", "method"],
                                   buckets=(.1, .5, 1), registry=registry)
         self._audio_s = Counter("quartet:transcribed_seconds", "Seconds of sound that were transcribed.", ["model_name"],
                                 registry=registry)
+        self._fine_seconds = Histogram("http_request_duration_highr_seconds", "The same for all of them, finer.",
+                                       buckets=FINE, registry=registry)
+        self._received = Summary("http_request_size_bytes", "Bytes of request bodies.", ["handler"], registry=registry)
+        self._sent = Summary("http_response_size_bytes", "Bytes of answers' bodies.", ["handler"], registry=registry)
         self._aborts = Counter("quartet:aborts", "Requests that were not completed.", ["reason"], registry=registry)
         self._rejections = Counter("quartet:rejections", "Requests answered with an error.", ["code"],
                                    registry=registry)
@@ -92,10 +98,14 @@ class FrontendMetrics:
 
     # ---- the ingress ----
 
-    def http(self, route: str, method: str, status: int, seconds: float) -> None:
+    def http(self, route: str, method: str, status: int, seconds: float, received: int = 0, sent: int = 0) -> None:
+        """A call has ended; `received` and `sent` are bytes of bodies."""
         method = method if method in METHODS else "OTHER"
         self._requests.labels(route, method, f"{status // 100}xx").inc()
         self._seconds.labels(route, method).observe(seconds)
+        self._fine_seconds.observe(seconds)
+        self._received.labels(route).observe(received)
+        self._sent.labels(route).observe(sent)
 
     def rejected(self, error: QuartetError) -> None:
         self._rejections.labels(error.code).inc()
@@ -116,3 +126,4 @@ class FrontendMetrics:
         self._e2e[model].observe(seconds)
         self._n[model].observe(request.spec.n)
         self._max_tokens[model].observe(max_tokens)
+        self._longest[model].observe(max(len(choice.ids) for choice in request.choices))

@@ -69,6 +69,7 @@ class Stream:
             self._call.status = 200
         self._blocked = self._loop.time()
         await self._response.send(data, end)
+        self._call.sent += len(data)
         self._written, self._blocked = self._loop.time(), 0.0
 
     def _on_beat(self) -> None:

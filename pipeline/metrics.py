@@ -14,6 +14,13 @@ from prometheus_client.exposition import generate_latest
 from pipeline.messages import MetricFamily, MetricSample
 
 MAX_SAMPLES = 20_000
+# Names that older boards ask for: shown beside today's with the same values, and kept nowhere.
+FORMER_NAMES = {
+    "vllm:inter_token_latency_seconds": "vllm:time_per_output_token_seconds",
+    "vllm:kv_cache_usage_perc": "vllm:gpu_cache_usage_perc",
+    "vllm:prefix_cache_queries": "vllm:gpu_prefix_cache_queries",
+    "vllm:prefix_cache_hits": "vllm:gpu_prefix_cache_hits",
+}
 
 
 def snapshot(registry: CollectorRegistry) -> list[MetricFamily]:
@@ -43,10 +50,11 @@ class _Merged:
                     key = (sample.name, tuple(sample.labels))
                     bucket[key] = bucket.get(key, 0.0) + sample.value
         for name, head in heads.items():
-            metric = Metric(name, head.help, head.type)
-            for (sample_name, labels), value in values[name].items():
-                metric.add_sample(sample_name, dict(zip(labels[::2], labels[1::2])), value)
-            yield metric
+            for shown in filter(None, (name, FORMER_NAMES.get(name))):
+                metric = Metric(shown, head.help, head.type)
+                for (sample_name, labels), value in values[name].items():
+                    metric.add_sample(shown + sample_name.removeprefix(name), dict(zip(labels[::2], labels[1::2])), value)
+                yield metric
 
 
 def exposition(snapshots: Iterable[list[MetricFamily]]) -> bytes:

@@ -13,7 +13,7 @@ from tests.serving import Server, gguf
 def smollm() -> Iterator[Server]:
     """The embedded model in float32, where answers are exactly reproducible."""
     with Server("--dtype", "float32", "--kv-cache-memory-bytes", "512M", model=str(gguf()),
-                env={"QUARTET_SERVED_MODEL_NAME": "smollm2"}) as server:
+                env={"QUARTET_SERVED_MODEL_NAME": "smollm2,smollm2-135m-instruct"}) as server:
         yield server
         server.assert_idle()
 

@@ -1,16 +1,21 @@
-"""Quartet and a peer in turn on the same machine, and the table of ratios.
+"""Quartet, in one or several variants, and a peer in turn on the same machine, and the table of ratios.
 
-One server at a time; every level is run `--repeat` times per server and the median is taken. The load generator is
-``--load`` (by default our own; give a script that takes --url --model --concurrency --json for another).
+One server at a time; every level is run `--repeat` times per server, each time with prompts of its own, and the median
+is taken. The load generator is ``--load`` (by default our own; give a script that takes --url --model --concurrency
+--seed --json for another). With ``--prefix`` also: a system prompt that 16 chats share, time to first token of the first
+and of the others. Answers are printed: compare them before speeds.
 
-    python -m benchmarks.compare --model DIR --peer "../shared/peers/vllm-cpu serve /opt/vllm DIR {port}"
+    python -m benchmarks.compare --model DIR --ours "bf16:" --ours "int8:--quantization int8" \\
+        --peer "../shared/peers/vllm-cpu serve /opt/vllm DIR {port}"
 """
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -21,6 +26,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+
+from benchmarks.load import one, prompt
 
 NAMES = {"out_tok_s": "output tokens/s", "ttft_ms": "time to first token, ms", "per_token_ms": "ms per token",
          "gap_p99_ms": "p99 gap, ms"}
@@ -72,11 +79,12 @@ def answer(port: int, model: str) -> str:
 def measure(args: argparse.Namespace, port: int, model: str) -> dict[int, dict[str, float]]:
     """streams -> figure -> median over the repeats."""
     rows: dict[int, list[dict[str, float]]] = {}
-    for _ in range(args.repeat):
+    for repeat in range(args.repeat):
         if args.load:
             command = [*shlex.split(args.load), "--concurrency", args.streams, "--json"]
         else:
             command = [sys.executable, "-m", "benchmarks.load", "--streams", args.streams, "--json"]
+        command += ["--seed", str(args.seed + 100 * repeat)]
         out = subprocess.run([*command, "--url", f"http://127.0.0.1:{port}", "--model", model], check=True,
                              capture_output=True, text=True).stdout
         parsed = json.loads(out) if out.lstrip().startswith("[") else [json.loads(line) for line in out.splitlines()]
@@ -88,35 +96,77 @@ def measure(args: argparse.Namespace, port: int, model: str) -> dict[int, dict[s
     return {streams: {name: statistics.median(r[name] for r in many) for name in NAMES} for streams, many in rows.items()}
 
 
+async def shared_prefix(port: int, model: str, words: int) -> tuple[float, float, float]:
+    """16 chats under one system prompt: ms to the first token of the first, and the median of those after it, of the
+    first half of them one by one and of the rest all at once."""
+    rng = random.Random(words)
+    system = prompt(rng, words)
+    bodies: list[dict[str, object]] = [
+        {"model": model, "stream": True, "temperature": 0, "max_tokens": 8,
+         "messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt(rng, 8)}]}
+        for _ in range(16)]
+
+    async def first_token(body: dict[str, object]) -> float:
+        result = await one("127.0.0.1", port, body, "/v1/chat/completions", "none")
+        if result.error:
+            raise SystemExit(f"a request failed: {result.error}")
+        return 1e3 * result.stamps[0]
+    first = await first_token(bodies[0])
+    alone = [await first_token(body) for body in bodies[1:8]]
+    together = await asyncio.gather(*map(first_token, bodies[8:]))
+    return first, statistics.median(alone), statistics.median(together)
+
+
+def table(sides: list[str], results: dict[str, dict[int, dict[str, float]]], peer: str) -> str:
+    """Markdown: a column for each side and, of ours, one for its ratio to the peer's."""
+    ours = [side for side in sides if side != peer]
+    ratios = ours if peer in results else []
+    head = ["streams", "figure", *sides, *(f"{side} / {peer}" for side in ratios)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for streams in results[ours[0]]:
+        for figure, title in NAMES.items():
+            row = [f"{results[side][streams][figure]:g}" for side in sides]
+            row += [f"{results[side][streams][figure] / results[peer][streams][figure]:.2f}" for side in ratios]
+            lines.append(f"| {streams} | {title} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", required=True, help="directory or file to serve")
     made.add_argument("--peer", default="", help="command of the peer, with {port}; it serves the model under the name m")
+    made.add_argument("--peer-name", default="peer")
     made.add_argument("--peer-env", default="", help="NAME=VALUE,... for the peer")
-    made.add_argument("--ours", default="", help="further flags for quartet serve")
+    made.add_argument("--ours", action="append", help="NAME:further flags for quartet serve; may be repeated")
     made.add_argument("--streams", default="1,8,32")
     made.add_argument("--repeat", type=int, default=3)
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--prefix", type=int, default=0, help="words of a shared system prompt; 0: leave that out")
     made.add_argument("--load", default="", help="another load generator")
     made.add_argument("--limit", type=float, default=400, help="seconds to become healthy")
     args = made.parse_args()
     results: dict[str, dict[int, dict[str, float]]] = {}
-    sides = [("Quartet", [sys.executable, "-m", "pipeline", "serve", args.model, "--served-model-name", "m", "--port",
-                          "{port}", *shlex.split(args.ours)], {})]
+    sides: list[tuple[str, list[str], dict[str, str]]] = []
+    for variant in args.ours or ["Quartet:"]:
+        name, _, flags = variant.partition(":")
+        sides.append((name, [sys.executable, "-m", "pipeline", "serve", args.model, "--served-model-name", "m", "--port",
+                             "{port}", *shlex.split(flags)], {}))
     if args.peer:
-        sides.append(("peer", shlex.split(args.peer), dict(p.split("=", 1) for p in args.peer_env.split(",") if p)))
+        env = dict(pair.split("=", 1) for pair in args.peer_env.split(",") if pair)
+        sides.append((args.peer_name, shlex.split(args.peer), env))
     for name, command, env in sides:
         port = free_port()
         with server([part.replace("{port}", str(port)) for part in command], port, env, args.limit) as ready_s:
             print(f"{name}: ready in {ready_s:.1f} s; says: {answer(port, 'm')!r}", flush=True)
             results[name] = measure(args, port, "m")
-        for streams, row in results[name].items():
-            print(f"{name}: {streams} streams: " + ", ".join(f"{NAMES[k]} {v:g}" for k, v in row.items()), flush=True)
-    if "peer" in results:
-        print("\n| streams | figure | Quartet | peer | ratio |\n|---|---|---|---|---|")
-        for streams, ours in results["Quartet"].items():
-            for figure, title in NAMES.items():
-                theirs = results["peer"][streams][figure]
-                print(f"| {streams} | {title} | {ours[figure]:g} | {theirs:g} | {ours[figure] / theirs:.2f} |")
+            for streams, row in results[name].items():
+                print(f"{name}: {streams} streams: " + ", ".join(f"{NAMES[k]} {v:g}" for k, v in row.items()), flush=True)
+            if args.prefix:
+                first, alone, together = asyncio.run(shared_prefix(port, "m", args.prefix))
+                print(f"{name}: a prefix of {args.prefix} words: first token after {first:.0f} ms; with it in the cache "
+                      f"{alone:.0f} ms ({alone / first:.3f}), eight at once {together:.0f} ms ({together / first:.3f})",
+                      flush=True)
+    print("\n" + table([name for name, _, _ in sides], results, args.peer_name))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 #include "attention.h"
 #include "tile.h"
 
-#define FEW_ROWS 8 /* most rows that do without panels (values; keys: 4, beyond that the panel's tiles win) */
+#define FEW_ROWS 8     /* most rows that do without a panel of values */
+#define FEW_AT_ONCE 4  /* and of keys, where beyond that the panel's tiles win; values are added for so many at a time */
 
 typedef struct {
     long group, rows, dim, width; /* query heads of a token; rows = tokens * group; width = dim rounded up to 32 */
@@ -67,22 +68,26 @@ INLINE int locate16(const void *cache, const long *at, long n, const char *row[1
     return present;
 }
 
-/* Sixteen rows become columns: r[i] holds 32-bit word i of each from `offset` bytes on, absent rows are zero. */
-INLINE void load_columns(const char *const row[16], long offset, int words, v16 r[16], const int whole) {
-    for (int i = 0; i < 16; i++) {
-        const float *p = (const float *)(row[i] + offset);
-        if (whole) r[i] = v_load(p);
-        else r[i] = row[i] ? v_load_n(p, words) : v_zero();
+/* Sixteen rows of `words` 32-bit lanes from `offset` bytes on, absent ones and the rest zero, are copied to `lanes` and
+ * `row` made to point there: so that there is one kind of code for whole and for partial rows. */
+static __attribute__((noinline)) void pad_rows(const char *row[16], long offset, int words, float lanes[16 * 16]) {
+    for (int i = 0; i < 16; i++, lanes += 16) {
+        v_store(lanes, row[i] ? v_load_n((const float *)(const void *)(row[i] + offset), words) : v_zero());
+        row[i] = (const char *)lanes;
     }
+}
+
+/* Sixteen rows become columns: r[i] holds 32-bit word i of each from `offset` bytes on. */
+INLINE void load_columns(const char *const row[16], long offset, v16 r[16]) {
+    for (int i = 0; i < 16; i++) r[i] = v_load((const float *)(const void *)(row[i] + offset));
     v_transpose16(r);
 }
 
-INLINE void store_columns(const char *const row[16], long offset, int words, float *to, const int is_bf16,
-                          const int whole) {
+INLINE void store_columns(const char *const row[16], long offset, int words, float *to, const int is_bf16) {
     v16 r[16];
-    load_columns(row, offset, words, r, whole);
-    for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
-        if (!whole && i == words) break;
+    load_columns(row, offset, r);
+    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
+        if (i == words) break;
         if (is_bf16) {
             v_store(to, v_pair_even(r[i]));
             v_store(to + PANEL, v_pair_odd(r[i]));
@@ -105,26 +110,32 @@ INLINE void load_keys(const attention_args *a, workspace *w, const long *at, con
             int words = lanes((w->dim - d) * size / 4);
             sixteen share = share_of(next, next->k, t, d, is_bf16);
             for (int i = 0; i < 16; i++) ask_one(&share);
-            if (present && words == 16) store_columns(row, d * size, 16, panel + d * PANEL, is_bf16, 1);
-            else store_columns(row, d * size, words, panel + d * PANEL, is_bf16, 0);
+            _Alignas(64) float padded[16 * 16];
+            const char *whole[16];
+            int pad = !present || words < 16;
+            if (pad) {
+                memcpy(whole, row, sizeof whole);
+                pad_rows(whole, d * size, words, padded);
+            }
+            store_columns(pad ? whole : row, pad ? 0 : d * size, words, panel + d * PANEL, is_bf16);
         }
     }
 }
 
-/* scores[rows] of 16 tokens (+)= q x the columns of one block of dims; q points to its first dim. */
-INLINE void score_columns(const char *const row[16], long offset, int words, const float *q, long ldq, float *scores,
-                          sixteen share, const int rows, const int is_bf16, const int whole) {
-    v16 r[16], acc[FEW_ROWS];
-    load_columns(row, offset, words, r, whole);
-    for (int j = 0; j < rows; j++) acc[j] = offset ? v_load(scores + j * CHUNK) : v_zero();
+/* scores[rows] of 16 tokens (+)= q x the columns of one block of dims; q points to its first dim, `first`: so do the
+ * scores. */
+INLINE void score_columns(const char *const row[16], long offset, const float *q, long ldq, float *scores, sixteen share,
+                          const int first, const int rows, const int is_bf16) {
+    v16 r[16], acc[FEW_AT_ONCE];
+    load_columns(row, offset, r);
+    for (int j = 0; j < rows; j++) acc[j] = first ? v_zero() : v_load(scores + j * CHUNK);
     _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, q += is_bf16 ? 2 : 1) {
-        if (!whole && i == words) break;
         ask_one(&share);
-        v16 first = is_bf16 ? v_pair_even(r[i]) : r[i];
-        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), first, acc[j]);
+        v16 even = is_bf16 ? v_pair_even(r[i]) : r[i];
+        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), even, acc[j]);
         if (!is_bf16) continue;
-        v16 second = v_pair_odd(r[i]);
-        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq + 1]), second, acc[j]);
+        v16 odd = v_pair_odd(r[i]);
+        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq + 1]), odd, acc[j]);
     }
     for (int j = 0; j < rows; j++) v_store(scores + j * CHUNK, acc[j]);
 }
@@ -141,11 +152,15 @@ INLINE void score_keys(const attention_args *a, workspace *w, const long *at, co
         int words = lanes((w->dim - d) * size / 4);
         for (long t = 0; t < n; t += 16) {
             sixteen share = share_of(next, next->k, t, d, is_bf16);
-            float *to = w->scores + t;
-            if (present[t / 16] && words == 16)
-                score_columns(row + t, d * size, 16, w->q + d, w->width, to, share, rows, is_bf16, 1);
-            else
-                score_columns(row + t, d * size, words, w->q + d, w->width, to, share, rows, is_bf16, 0);
+            _Alignas(64) float padded[16 * 16];
+            const char *whole[16];
+            int pad = !present[t / 16] || words < 16;
+            if (pad) {
+                memcpy(whole, row + t, sizeof whole);
+                pad_rows(whole, d * size, words, padded);
+            }
+            score_columns(pad ? whole : row + t, pad ? 0 : d * size, w->q + d, w->width, w->scores + t, share, d == 0,
+                          rows, is_bf16);
         }
     }
 }
@@ -188,13 +203,13 @@ INLINE void load_values(const attention_args *a, workspace *w, const long *at, c
 
 /* out[rows][dim] += scores x values, straight from the cache: for the few rows of a decode step widening the values into
  * a panel first would cost more than it saves.  The same sums in the same order as by way of the panel. */
-INLINE void add_values(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n, const int rows,
-                       const int is_bf16, const int whole) {
+INLINE void add_values(const attention_args *a, const workspace *w, long row, const long *at, const upcoming *next,
+                       long n, const int rows, const int is_bf16, const int whole) {
     const long step = is_bf16 ? 32 : 16; /* dims of a cache line */
     for (long d = 0; d < w->dim; d += 16 * TILE_VECS) {
-        v16 acc[FEW_ROWS][TILE_VECS];
-        const float *scores = w->scores;
-        float *out = w->out + d;
+        v16 acc[FEW_AT_ONCE][TILE_VECS];
+        const float *scores = w->scores + row * CHUNK;
+        float *out = w->out + row * w->width + d;
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
         sixteen share = {a->v_cache, 0}, other = share;
@@ -219,28 +234,26 @@ INLINE void add_values(const attention_args *a, workspace *w, const long *at, co
     }
 }
 
-/* add_values where the rows are few enough; 0 where they are not. */
-static int add_few(const attention_args *a, workspace *w, const long *at, const upcoming *next, long n) {
+/* add_values, at most four rows at a time: the second four find the values in the first cache. */
+static void add_few(const attention_args *a, const workspace *w, const long *at, const upcoming *next, long n) {
     int whole = w->dim % (16 * TILE_VECS) == 0;
-#define CASE(m)                                                               \
-    case m:                                                                   \
-        if (a->cache_bf16 && whole) add_values(a, w, at, next, n, m, 1, 1);   \
-        else if (a->cache_bf16) add_values(a, w, at, next, n, m, 1, 0);       \
-        else if (whole) add_values(a, w, at, next, n, m, 0, 1);               \
-        else add_values(a, w, at, next, n, m, 0, 0);                          \
-        return 1
-    switch (w->rows) {
-        CASE(1);
-        CASE(2);
-        CASE(3);
-        CASE(4);
-        CASE(5);
-        CASE(6);
-        CASE(7);
-        CASE(8);
-    }
+    for (long row = 0; row < w->rows; row += FEW_AT_ONCE) {
+#define CASE(m)                                                                    \
+    case m:                                                                        \
+        if (a->cache_bf16 && whole) add_values(a, w, row, at, next, n, m, 1, 1);   \
+        else if (a->cache_bf16) add_values(a, w, row, at, next, n, m, 1, 0);       \
+        else if (whole) add_values(a, w, row, at, next, n, m, 0, 1);               \
+        else add_values(a, w, row, at, next, n, m, 0, 0);                          \
+        break
+        switch (w->rows - row) {
+            CASE(1);
+            CASE(2);
+            CASE(3);
+        default:
+            CASE(4);
+        }
 #undef CASE
-    return 0;
+    }
 }
 
 #endif

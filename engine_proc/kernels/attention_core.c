@@ -47,7 +47,7 @@ static void load_queries(const attention_args *a, const attention_item *item, wo
     long row0 = a->query_starts[item->sequence] + item->from;
     for (long r = 0; r < w->rows; r++) {
         long at = (row0 + r / w->group) * a->ldq + (w->first + r % w->group) * w->dim;
-        for (long d = 0; d < w->dim; d += 16)
+        for (long d = 0; d < w->width; d += 16) /* to the end: padding must be zero */
             v_store(w->q + r * w->width + d, v_load_any_n(a->q, at + d, lanes(w->dim - d), (int)a->is_bf16));
     }
 }

@@ -24,7 +24,8 @@ from frontend.collector import Update
 from frontend.generate import Job
 from frontend.health import Health
 from frontend.request import Request
-from frontend.wire import dump, finish_reason, usage_of
+from frontend.turn import Turn
+from frontend.wire import dump, usage_of
 from pipeline import __version__, edge, keys
 from pipeline.config import EdgeConfig
 from pipeline.errors import QuartetError, invalid
@@ -317,20 +318,23 @@ def _pieces(job: Job, request: Request) -> Callable[[int, Update], edge.Chunk | 
     """Turns updates into chunks; echo rides with the first piece of each choice."""
     ask = job.ask
     completion = [logprobs.CompletionLogprobs(ask.tokens_as_ids) for _ in request.choices]
+    turns = [Turn(ask, choice.index) for choice in request.choices]
     begun: set[int] = set()
 
     def piece(cid: int, update: Update) -> edge.Chunk | None:
-        text, choice = update.text, request.choices[update.index]
+        text, choice, turn, deltas = update.text, request.choices[update.index], turns[update.index], b""
+        if update.spans:                     # all of the text is in the deltas
+            text, deltas = "", ("[" + ",".join(turn.deltas(update)) + "]").encode()
         if update.index not in begun:
             begun.add(update.index)
             text = (choice.prompt.echo or "") + text if not job.chat else (ask.echo or "") + text
+        ids, found = turn.tokens(update)
         told = b""
-        if ask.logprobs is not None and update.logprobs is not None:
-            value: Any = (
-                {"content": logprobs.chat_content(update.logprobs, update.ids, ask.tokens_as_ids), "refusal": None}
-                if job.chat else completion[update.index].piece([(update.logprobs, update.ids)]))
+        if ask.logprobs is not None and found is not None:
+            value: Any = ({"content": logprobs.chat_content(found, ids, ask.tokens_as_ids), "refusal": None}
+                          if job.chat else completion[update.index].piece([(found, ids)]))
             told = json.dumps(value, allow_nan=False).encode()
         if not text and not update.ids and not update.finish:
             return None
-        return edge.Chunk(cid, update.index, text, update.ids.tobytes(), finish_reason(update.finish), update.stop, told)
+        return edge.Chunk(cid, update.index, text, ids.tobytes(), turn.reason(update), update.stop, told, deltas)
     return piece

@@ -55,6 +55,7 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)     # chat with tools or reasoning: HTTP's deltas, all of it
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +106,10 @@ class Stream:
             self.cancel()
             raise
         chunk = self._pending.popleft()
-        return Delta(chunk.index, chunk.text, np.frombuffer(chunk.ids, dtype="<u4"), chunk.finish, chunk.stop,
-                     json.loads(chunk.logprobs_json) if chunk.logprobs_json else None)
+        parts = json.loads(chunk.deltas_json) if chunk.deltas_json else []
+        text = chunk.text + "".join(part["content"] or "" for part in parts)
+        return Delta(chunk.index, text, np.frombuffer(chunk.ids, dtype="<u4"), chunk.finish, chunk.stop,
+                     json.loads(chunk.logprobs_json) if chunk.logprobs_json else None, parts)
 
     def cancel(self) -> None:
         """Stop the work of this call. Idempotent."""

@@ -96,6 +96,7 @@ class Chunk:
     finish: str | None = None     # OpenAI's finish_reason
     stop: str | i64 | None = None
     logprobs_json: bytes = b""    # as in the HTTP API
+    deltas_json: bytes = b""      # chat with tools or reasoning: a list of deltas as in the HTTP API, behind text
 
 
 @dataclass(slots=True)

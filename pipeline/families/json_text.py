@@ -23,6 +23,13 @@ def quoted_piece(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
+def characters(text: str) -> str:
+    """`text` with surrogates joined where they are a pair, and U+FFFD where they are no character."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def copy_value(reader: Reader, emit: Emit) -> Steps[None]:
     """Read one value (no white space ahead of it), handing on its text. Malformed at the first wrong character."""
     closers: list[str] = []
@@ -166,7 +173,7 @@ def read_string(reader: Reader, limit: int) -> Steps[str]:
     yield from copy_string(reader, keep)
     value = json.loads("".join(pieces))
     assert isinstance(value, str)
-    return value
+    return characters(value)
 
 
 def skip_value(reader: Reader) -> Steps[None]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 
 from pipeline.families.calls import MAX_NAME, BuildingParser
-from pipeline.families.json_text import MAX_DEPTH, is_number
+from pipeline.families.json_text import MAX_DEPTH, characters, is_number
 from pipeline.families.reader import SPACE, Malformed, Reader, Steps
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0", "\\": "\\",
@@ -143,7 +143,7 @@ def _read_string(reader: Reader) -> Steps[str]:
             raise Malformed
         reader.pos += 1
         if char == quote:
-            return "".join(pieces)
+            return characters("".join(pieces))
         pieces.append((yield from _read_escape(reader)) if char == "\\" else char)
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from pipeline.client import Client
 from tests.chaos.streams import TIMEOUT
 from tests.chaos.test_deaths import STAGES, kill
 from tests.frontend.test_tools import CALL, TOOLS, joined
@@ -27,9 +28,14 @@ TEXTS = {"thought and call": CALL, "two calls": TWO, "no call": "<think>\nShort.
 
 
 @pytest.fixture(scope="module")
-def saying() -> Iterator[Server]:
+def door(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"ipc://{tmp_path_factory.mktemp('door')}/clients"
+
+
+@pytest.fixture(scope="module")
+def saying(door: str) -> Iterator[Server]:
     with Server("--null-engine", "say", "--null-step", "0.01", "--served-model-name", "null", "--crash-limit", "1000",
-                "--chat-template", TEMPLATE, model=str(gguf())) as server:
+                "--chat-template", TEMPLATE, "--zmq-endpoint", door, model=str(gguf())) as server:
         yield server
         server.assert_idle(10)
 
@@ -93,6 +99,19 @@ def test_the_official_client_sees_calls_reasoning_and_counts(saying: Server) -> 
                 {"role": "tool", "tool_call_id": final.message.tool_calls[0].id, "content": "Rain."}]
         again = client.chat.completions.create(**body("x") | {"messages": [{"role": "user", "content": "?"}, *said]})
         assert again.choices[0].message.content == "Rain." and again.choices[0].finish_reason == "stop"
+
+
+def test_the_in_cluster_client_sees_the_same_deltas(saying: Server, door: str) -> None:
+    request = body(CALL)
+    message, finish, _ = asyncio.run(stream(saying.url, request))
+    with Client(door + ".0") as client:
+        deltas = list(client.stream_chat(**request))
+    parts = [part for delta in deltas for part in delta.parts]
+    assert "".join(part.get("reasoning") or "" for part in parts) == message["reasoning"]
+    pieces = [piece["function"] for part in parts for piece in part.get("tool_calls", ())]
+    assert pieces[0]["name"] == "get_weather" and [d.finish_reason for d in deltas][-1] == finish == "tool_calls"
+    assert "".join(piece["arguments"] for piece in pieces) == message["tool_calls"][0]["function"]["arguments"]
+    assert "".join(delta.text for delta in deltas) == ""
 
 
 def test_one_call_ends_the_work_as_well(saying: Server) -> None:

@@ -97,6 +97,7 @@ def parse(family: str, pieces: list[str], reasoning: str = "", tail: str = "", m
     for piece in pieces:
         parser.push(piece)
     parser.end()
+    "".join(parser.parts.texts).encode()                 # what goes over the wire is characters
     return answer(*parser.parts.take())
 
 

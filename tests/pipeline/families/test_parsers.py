@@ -114,6 +114,8 @@ def test_what_is_no_call_is_content(family: str, text: str, content: str | None)
     ("qwen3_coder", "<tool_call><function=get_weather><parameter=days>many</parameter></function></tool_call>",
      '{"days": "many"}'),
     ("pythonic", "[now(a=1, b=!)]", '{"a": 1}'),
+    ("pythonic", r"[now(a='\ud83c\udf0d', b='\ud83c!')]", '{"a": "🌍", "b": "\ufffd!"}'),
+    ("hermes", r'<tool_call>{"name": "now", "arguments": "{\"a\": \"\ud83c!\"}"}</tool_call>', '{"a": "\ufffd!"}'),
 ])
 def test_a_call_that_goes_wrong_after_its_name_keeps_what_was_written(family: str, text: str, arguments: str) -> None:
     assert parse(family, [text]).calls[0][1] == arguments
@@ -135,8 +137,9 @@ TOKENS = sorted({token for name in FAMILIES for token in marker_tokens(name, "")
     "<tool_call>", "</tool_call>", "<function=", "<parameter=", "</parameter>", "</function>", "<arg_key>", "</arg_key>",
     "<arg_value>", "</arg_value>", "functools[", "[TOOL_CALLS]", "<think>", "</think>", "functions.now:0", "to=functions.now",
     '{"name": "now", ', '"arguments": ', '"parameters": {', '"function": ', "{}", "[", "]", "{", "}", "(", ")", ",", ":",
-    ";", '"', "'", "\\", "\\u12", "\\x4", "```json", "```", "now", "now(", "get_weather", "a=1", "1e5", "-", "0", "true",
-    "None", " ", "\n", "\ud7ff", "é", "🌍", "\0", "x" * 40, "Here is my thought process:", "Here is my response:"})
+    ";", '"', "'", "\\", "\\u12", "\\ud83c", "\\x4", "```json", "```", "now", "now(", "get_weather", "a=1", "1e5", "-", "0",
+    "true", "None", " ", "\n", "\ud7ff", "é", "🌍", "\0", "x" * 40, "Here is my thought process:",
+    "Here is my response:"})
 
 
 @settings(max_examples=150)

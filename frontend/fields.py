@@ -46,7 +46,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",), "functions": ([],),
     "include_reasoning": (True,), "logits_processors": ([],), "parallel_tool_calls": (True,),
     "modalities": (["text"],), "response_format": ({"type": "text"},),
-    "routed_experts_prompt_start": (0,), "thinking_token_budget": (-1,), "tool_choice": ("none",), "tools": ([],),
+    "routed_experts_prompt_start": (0,), "tool_choice": ("none",), "tools": ([],),
     "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
 }
 

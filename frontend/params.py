@@ -18,6 +18,7 @@ from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part,
 from frontend.tools import CallIds, calls_in, for_template, plan
 from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import QuartetError, invalid
+from pipeline.families.reasoning import REASONINGS
 from pipeline.families.table import FAMILIES
 from pipeline.messages import Chat, pack_ids
 from pipeline.params import (
@@ -28,6 +29,7 @@ from pipeline.params import (
     DetokSpec,
     Repetition,
     SamplingParams,
+    Thinking,
 )
 
 COMPLETION_MAX_TOKENS = 16
@@ -285,7 +287,7 @@ def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_toke
         bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs,
         prompt_logprobs=_num_logprobs(body.prompt_logprobs, "prompt_logprobs", config, model),
         allowed_ids=pack_ids(dict.fromkeys(body.allowed_token_ids or ())), bad_words=list(body.bad_words or ()),
-        logprob_ids=pack_ids(extra), repetition=_repetition(body), beam=_beam(body))
+        logprob_ids=pack_ids(extra), repetition=_repetition(body), thinking=_thinking(body, model), beam=_beam(body))
 
 
 def _repetition(body: Sampling) -> Repetition | None:
@@ -295,6 +297,17 @@ def _repetition(body: Sampling) -> Repetition | None:
     if rule.min_pattern_size > rule.max_pattern_size:
         raise invalid("'min_pattern_size' may not exceed 'max_pattern_size'.", "repetition_detection.min_pattern_size")
     return Repetition(rule.max_pattern_size, max(1, rule.min_pattern_size), rule.min_count)
+
+
+def _thinking(body: Sampling, model: ModelConfig) -> Thinking | None:
+    budget = body.thinking_token_budget
+    if budget is None or budget == -1:
+        return None
+    reasoning = REASONINGS.get(model.reasoning_parser)
+    if reasoning is None or not reasoning.openers:
+        raise QuartetError("unsupported_parameter", "The parameter 'thinking_token_budget' needs a model that reasons "
+                           "between tags, and --reasoning-parser to tell which.", "thinking_token_budget")
+    return Thinking(budget, reasoning.openers[0], reasoning.closers[0], reasoning.implied)
 
 
 def _beam(body: Sampling) -> Beam | None:

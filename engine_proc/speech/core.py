@@ -35,7 +35,7 @@ from pipeline.transport import Sender
 RETRY_NS = 5_000_000             # how soon to plan again when nothing that waits could start
 MAX_FAILED = 3                   # steps in a row, or encodings; then the process ends and its successor starts afresh
 MAX_HELD = 256                   # windows with their features; more are left in the socket
-DECODE_SHARE = 0.5               # time for decoding per time for encoding, while there is both to do
+DECODE_SHARE = 0.15              # time for decoding per time for encoding, while there is both to do: together is cheaper
 log = logging.getLogger(__name__)
 
 

@@ -21,6 +21,7 @@ from engine_proc.device import Device, available_cores, choose
 from engine_proc.kernels import Kernels
 from engine_proc.layers import Ops, TorchOps
 from engine_proc.plan import PlanItem, StepPlan
+from engine_proc.speech import products
 from engine_proc.speech.caches import CrossCache, SelfCache
 from engine_proc.speech.request import SpeechRequest, Take, Window
 from engine_proc.speech.runner import SpeechRunner
@@ -80,12 +81,15 @@ def _whisper(model: ModelConfig, config: dict[str, Any], dtype: torch.dtype, dev
                            dtype, device.torch_device)
     cross = CrossCache(shape.decoder_layers, slots, shape.frames, shape.decoder_heads, shape.head_dim, dtype, kernels)
     weights = Weights(directory, dtype)
-    net = Whisper(shape, weights, ops, SelfCache(pages, shape.decoder_heads, kernels), cross,
-                  torch_argmax if kernels is None else _argmax(kernels), threads)
+    net = Whisper(
+        shape, weights, ops, products.int8 if engine.quantization else products.plain,
+        SelfCache(pages, shape.decoder_heads, kernels), cross, torch_argmax if kernels is None else _argmax(kernels), threads)
     weights.close()
     facts = {"dtype": str(dtype).removeprefix("torch."), "device": device.name, "backend": "own",
              "architecture": "whisper", "arithmetic": ops.name, "mels": shape.mels, "window_s": 30.0,
              "input": "log_mel", "windows": slots, **_abilities(vocabulary)}
+    if engine.quantization:
+        facts["quantization"] = engine.quantization
     return SpeechRunner(net, vocabulary, device, engine, num_blocks, slots, shape.frames / 30.0, facts)
 
 

@@ -76,6 +76,9 @@ def build(context: Context) -> EngineCore | PoolingCore | SpeechCore:
     runner = load(model, context)
     core = EngineCore(context.config, context.index, context.epoch, runner, context.sender, time.monotonic_ns,
                       context.registry)
+    if model.engine.backend != "null":
+        context.progress("reading the vocabulary", 98)
+        core.grammars.prepare()
     context.status.facts_json = json.dumps({
         **runner.facts, "max_model_len": model.max_model_len, "vocab_size": runner.vocab_size,
         "num_blocks": runner.num_blocks, "kv_blocks": runner.num_blocks - 1, "block_size": runner.block_size,

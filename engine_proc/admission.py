@@ -14,6 +14,7 @@ import numpy as np
 from engine_proc.repetition import RepetitionWatch
 from engine_proc.request import Sequence
 from pipeline.errors import QuartetError, invalid
+from pipeline.grammars import COMPILED, MAX_AFTER, MAX_COMPILED_BYTES
 from pipeline.ids import MAX_CHILDREN, child
 from pipeline.messages import Add, Finish, unpack_ids
 from pipeline.params import (
@@ -26,6 +27,7 @@ from pipeline.params import (
     MAX_N,
     MAX_PATTERN,
     MAX_STOP_IDS,
+    Grammar,
     SamplingParams,
 )
 
@@ -137,10 +139,18 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     for word in sampling.bad_ids:
         _check_ids(word, vocab_size, "bad_words")
     _check_rules(sampling, vocab_size)
+    if sampling.grammar is not None:
+        _check_grammar(sampling.grammar, vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         k = getattr(sampling, name)
         if k is not None and not 0 <= k <= vocab_size:
             raise invalid(f"'{name}' must be between 0 and the size of the vocabulary.", name)
+
+
+def _check_grammar(grammar: Grammar, vocab_size: int) -> None:
+    if grammar.kind != COMPILED or len(grammar.text) > MAX_COMPILED_BYTES or len(grammar.after) > MAX_AFTER:
+        raise invalid("The grammar of this request cannot be used.", grammar.param)
+    _check_ids(grammar.after_ids, vocab_size, grammar.param)
 
 
 def _check_rules(sampling: SamplingParams, vocab_size: int) -> None:

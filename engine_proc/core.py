@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from engine_proc.admission import Limits, Tombstones, check, sequences
 from engine_proc.blocks import BlockPool
+from engine_proc.grammars import Grammars, load_vocabulary
 from engine_proc.outputs import Outputs
 from engine_proc.plan import ItemResult, Runner, StepPlan
 from engine_proc.request import Sequence
@@ -31,6 +32,7 @@ from pipeline.schema import BadFrame
 from pipeline.transport import Sender
 
 RETRY_NS = 5_000_000             # how soon to plan again when nothing that waits could start
+GRAMMAR_NS = 1_000_000           # how soon to look whether a grammar is compiled
 MAX_FAILED_STEPS = 3             # in a row; then the process ends and its successor starts afresh
 MAX_BACKLOG = 4                  # times max_waiting: continuations are not refused, but left in the socket
 log = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ class EngineCore:
     """One engine process around one runner. `clock` gives monotonic nanoseconds."""
 
     def __init__(self, config: ServerConfig, index: int, epoch: int, runner: Runner, sender: Sender,
-                 clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
+                 clock: Callable[[], int], registry: CollectorRegistry | None = None,
+                 grammars: Grammars | None = None) -> None:
         model = config.models[config.engines()[index]]
         engine = model.engine
         self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
@@ -63,6 +66,7 @@ class EngineCore:
         self._ended = Tombstones(4096)                       # families that ended lately: what repeats them is dropped
         self.families: dict[int, list[Sequence]] = {}        # family id -> its unfinished sequences
         self.sequences: dict[int, Sequence] = {}             # rid -> unfinished sequence
+        self.grammars = grammars or Grammars(lambda: load_vocabulary(model, runner.vocab_size))
         self._in_flight: deque[tuple[StepPlan, object]] = deque()
         self._peers: dict[tuple[Kind, int], int] = {}        # newest epoch known
         self._num_frontends, self._num_detoks = config.frontends, config.detokenizers
@@ -122,19 +126,40 @@ class EngineCore:
         self.outputs.admit(rid, add.ids)
         self.families[family(rid)] = list(group)
         beam = add.sampling.beam if not group[0].finish else None
+        held = []
         for seq in group:
             self.sequences[seq.rid] = seq
             if seq.finish:
                 self._finish(seq, now)
                 self.outputs.emit(seq)
+            elif add.sampling.grammar is not None and add.sampling.max_tokens:
+                held.append(seq)
+                self.scheduler.held[seq.rid] = seq
             elif beam is None:
                 self.scheduler.add(seq)
-        if beam is not None:
+        if held:
+            self.grammars.submit(held)
+        elif beam is not None:
             self.searches.open(group, self._arrival)
         self._arrival += add.n if beam is None else beam.width
         if add.deadline_ns:
             self._next_deadline_ns = min(add.deadline_ns, self._next_deadline_ns or add.deadline_ns)
         return None
+
+    def _let_in(self) -> None:
+        """Sequences whose grammars are compiled may start; those whose grammars failed end."""
+        for group, error in self.grammars.take():
+            leader: Sequence | None = None
+            for seq in group:
+                if error is not None:
+                    self.scheduler.mark(seq, Finish.ERROR, error)
+                elif seq.constraint is not None and seq.constraint.complete:
+                    self.scheduler.mark(seq, Finish.COMPLETE)    # its end was all that was lost
+                elif not seq.finish and not seq.mark:
+                    del self.scheduler.held[seq.rid]
+                    seq.leader = None if seq.unscored else leader
+                    leader = leader or seq
+                    self.scheduler.add(seq)
 
     def _abort(self, rid: int) -> None:
         """A family's id (child 0) covers its children."""
@@ -174,6 +199,8 @@ class EngineCore:
         if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
             self._expire(now)
         moved = False
+        if self.grammars.ready:
+            self._let_in()
         for seq in (*self.searches.reap(), *self.scheduler.reap()):
             moved = True
             if seq.rid < 0:
@@ -310,7 +337,7 @@ class EngineCore:
 
     def has_work(self) -> bool:
         scheduler = self.scheduler
-        return bool(self._in_flight or scheduler.marked or self.searches.marked
+        return bool(self._in_flight or scheduler.marked or self.searches.marked or self.grammars.ready
                     or (self._retry_ns is None and (scheduler.running or scheduler.waiting)))
 
     def accepting(self) -> bool:
@@ -324,6 +351,8 @@ class EngineCore:
             timers.append(self._retry_ns)
         if self.outputs.retry_ns is not None:
             timers.append(self.outputs.retry_ns)
+        if self.grammars.num_pending:
+            timers.append(self._clock() + GRAMMAR_NS)
         return min(timers)
 
     def load(self) -> Load:

@@ -3,6 +3,8 @@
 The next id is a pure function of the ids so far (and of the choice and seed in "hash"), so that chunking, batching,
 pre-emption and continuation cannot change a text. `null_script` is a mode and options, separated by semicolons:
 
+Where a grammar rules and forbids the id, one of those that it allows comes instead.
+
     echo            repeats the prompt's ids, cyclically
     say             repeats the prompt's ids once, and ends: with a template that is the last message, what one likes
     count           the last id plus one, modulo the vocabulary
@@ -125,6 +127,8 @@ class NullRunner:
         result = ItemResult()
         if sample:
             result.token = self._script.next_id(seq, self.ids(seq, start + count), self.vocab_size)
+            if seq.constraint is not None:
+                result.token = constrained(seq, result.token, self.vocab_size)
             sampled = self._sampled[seq.rid]
             sampled.append(result.token)
             del sampled[:-self.depth - 2]             # no more can be in flight
@@ -136,6 +140,16 @@ class NullRunner:
             scored = seq.tokens[start + 1:min(start + count + 1, seq.num_prompt)]
             result.prompt_logprobs = _logprobs(scored, seq.sampling.prompt_logprobs or 0, self.vocab_size)
         return result
+
+
+def constrained(seq: Sequence, token: int, vocab_size: int) -> int:
+    """`token` where the grammar of `seq` allows it, else one that it allows, chosen by `token` alone."""
+    rule = seq.constraint
+    assert rule is not None
+    unwelcome = rule.unwelcome(seq.sampling, seq.stops, seq.num_output, vocab_size)
+    allowed = np.flatnonzero(rule.allowed(vocab_size, unwelcome)) if rule.rules else np.delete(
+        np.arange(vocab_size), unwelcome)
+    return token if token in allowed or not len(allowed) else int(allowed[token % len(allowed)])
 
 
 def _hang() -> NoReturn:

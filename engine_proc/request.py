@@ -9,6 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engine_proc.constraint import Constraint
 from engine_proc.repetition import RepetitionWatch
 from pipeline.errors import QuartetError
 from pipeline.messages import Add, Finish, Logprobs, Route
@@ -56,6 +57,7 @@ class Sequence:
     num_kept: int = -1                       # with Finish.STOP_STRING: output ids that belong to the text; -1: all
     prompt_logprobs: list[Logprobs] = field(default_factory=list)   # of its prompt's chunks, until they are sent
     num_prompt_scored: int = 0               # leading positions whose logits gave prompt logprobs
+    constraint: Constraint | None = None     # of its output, once the grammar is compiled
     arrived_ns: int = 0
     watch: RepetitionWatch | None = None     # of its output, where the request wants it to end when it repeats itself
     search: BeamSearch | None = None         # of the choices of a beam search, and of the sequences that feed it
@@ -81,16 +83,23 @@ class Sequence:
         return self.sampling.prompt_logprobs is not None and self.num_prompt_scored + 1 < self.num_prompt
 
     def verdict(self) -> Finish:
-        """How the newest output id ends it: end of sequence, stop id, length, or not at all."""
+        """How the newest output id ends it: end of sequence, stop id, complete grammar, length, or not at all."""
         if self.search is not None:
             return Finish.LENGTH                      # it was to give one token's candidates
-        token = self.tokens[-1]
+        token, constraint = self.tokens[-1], self.constraint
         repeats = self.watch is not None and self.watch.push(token)
+        if constraint is not None:
+            constraint.advance(token)
+            if constraint.error is not None:
+                self.error = constraint.error
+                return Finish.ERROR
         if token in self.stops and self.num_output > self.sampling.min_tokens:
             if token == self.eos_id:
                 return Finish.EOS
             self.stop_id = token
             return Finish.STOP_ID
+        if constraint is not None and constraint.complete:
+            return Finish.EOS if token in constraint.ends else Finish.COMPLETE
         if repeats and self.num_output > self.sampling.min_tokens:
             return Finish.REPETITION
         return Finish.LENGTH if len(self.tokens) >= self.max_total else Finish.RUNNING

@@ -16,6 +16,7 @@ from engine_proc.attention import PagedAttention
 from engine_proc.batch import BatchBuilder, StepBatch
 from engine_proc.decoder import ModelBatch
 from engine_proc.device import Device, Fetch
+from engine_proc.masks import masks, without_ends
 from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
@@ -82,6 +83,11 @@ class ModelRunner:
         count = len(batch.sampled)
         if count:
             rows = self.slots.gather(batch.slots, batch.position)
+            seqs = [plan.items[number].seq for number in batch.sampled]
+            if any(seq.constraint is not None for seq in seqs):
+                rows.masks = masks(seqs, self.vocab_size)
+                rows.banned = without_ends(seqs, rows.banned, self.vocab_size)
+                rows.simple = rows.simple and not rows.banned
             result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax, self._mode)
             sampled = self.device.fetch([
                 result.tokens, result.valid, *([] if result.open is None else [result.open]), *_tensors(result.ranked),

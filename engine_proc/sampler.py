@@ -1,6 +1,6 @@
 """Turns rows of logits into tokens and log-probabilities: batched tensor code, no loop over requests.
 
-Order: penalties, logit bias, bans (allowed ids, bad words, end tokens before min_tokens), temperature, top_k, top_p,
+Order: grammars, penalties, logit bias, bans (allowed ids, bad words, end tokens before min_tokens), temperature, top_k, top_p,
 min_p; a thinking budget that is used up replaces what was drawn. Log-probabilities are those of the unmodified logits
 unless `mode` says otherwise. A row's token depends on its own logits, parameters and random number only, never on
 its neighbours: random numbers are a hash of (seed, choice, position), and every row is drawn by inverting its own CDF
@@ -84,11 +84,15 @@ def sample(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: Argmax | None
     `argmax`: a faster one of the model's, for steps in which every row is plainly greedy. `mode`: one of MODES.
     """
     if argmax is not None and rows.plain:
+        if rows.masks is not None:
+            rows.masks.apply(logits)
         tokens, valid = argmax(logits)
         return Sampled(tokens, valid, None, NO_ROWS)
     wanted, searched = np.flatnonzero(rows.logprobs >= 0), np.flatnonzero(rows.beam)
     device = logits.device
     valid = torch.isfinite(logits.sum(dim=-1))
+    if rows.masks is not None:
+        rows.masks.apply(logits)
     raw = logits
     if len(searched):           # penalties and bias work on log-probabilities there, as in transformers
         index = torch.from_numpy(searched).to(device)
@@ -191,7 +195,7 @@ def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def adjust(logits: torch.Tensor, rows: Rows, slots: Slots, keep: bool) -> torch.Tensor:
     """Penalties, bias and bans. In place unless the unmodified logits have to be kept."""
     penalised = np.flatnonzero(rows.penalty >= 0)
-    if not (len(penalised) or rows.banning):
+    if not (len(penalised) or rows.forbidding):
         return logits
     out = logits.clone() if keep else logits
     device = logits.device

@@ -49,6 +49,7 @@ class Scheduler:
         self.max_prefill_chunk = config.max_prefill_chunk
         self.running: list[Sequence] = []            # these hold blocks and a slot; in `order`
         self.waiting: list[Sequence] = []            # in `order`
+        self.held: dict[int, Sequence] = {}          # rid -> one whose grammar is being compiled
         self.parked: dict[int, list[Sequence]] = {}  # leader's rid -> siblings that wait for its prompt
         self.marked: list[Sequence] = []
         self.retired: list[Sequence] = []            # ended, but those that continue them may share their blocks
@@ -64,7 +65,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + self.num_parked
+        return len(self.waiting) + self.num_parked + len(self.held)
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
@@ -115,7 +116,8 @@ class Scheduler:
                 pass                                  # in flight: ends when that is collected
             elif known - scheduled > 1:
                 prefills.append(seq)
-            elif scheduled < known or scheduled + 1 < seq.max_total:     # else its last token is being computed
+            elif scheduled < known or (seq.constraint is None and scheduled + 1 < seq.max_total):
+                # Else its last token is being computed, or decides what may follow it.
                 if scheduled == len(seq.block_table) * size:
                     if not self._make_room(index):
                         break                         # nobody newer goes on: they drain, then they can be pre-empted
@@ -262,7 +264,8 @@ class Scheduler:
                 events.append((seq, ItemResult()))
                 continue
             if result.error is not None or (item.sample and result.token is None):
-                seq.error = item_error(result.error or "internal_error")
+                known = None if seq.constraint is None else seq.constraint.error
+                seq.error = known or item_error(result.error or "internal_error")
                 self._end(seq, Finish.ERROR)
                 events.append((seq, ItemResult()))
                 continue
@@ -343,7 +346,9 @@ class Scheduler:
         """The one way out, from whichever table holds `seq`."""
         seq.finish = finish
         leader = seq.leader
-        if seq.block_table:
+        if seq.rid in self.held:
+            del self.held[seq.rid]
+        elif seq.block_table:
             self.running.remove(seq)
             if seq.num_in_flight:
                 self.num_dying += 1
@@ -391,7 +396,7 @@ class Scheduler:
             assert seq.num_computed <= seq.num_scheduled <= len(seq.block_table) * size
             assert seq.num_in_flight or seq.num_computed == seq.num_scheduled
             assert len(seq.tokens) <= seq.max_total
-        queued = [*self.waiting, *(seq for group in self.parked.values() for seq in group)]
+        queued = [*self.waiting, *self.held.values(), *(seq for group in self.parked.values() for seq in group)]
         for seq in queued:
             assert not seq.finish and not seq.block_table and not seq.num_in_flight and not seq.num_scheduled
         if dying is None:

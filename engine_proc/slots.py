@@ -12,6 +12,7 @@ import torch
 
 from engine_proc.bans import Allowed, Words
 from engine_proc.history import Histories
+from engine_proc.masks import Masks
 from engine_proc.request import Sequence
 from engine_proc.thinking import Budgets
 from pipeline.errors import invalid
@@ -46,19 +47,25 @@ class Rows:
     banned: list[tuple[int, np.ndarray]] = field(default_factory=list)              # (row, ids): min_tokens
     words: list[tuple[int, int, Words]] = field(default_factory=list)               # (row, row of histories, words)
     extra: list[tuple[int, np.ndarray]] = field(default_factory=list)               # (row, ids): logprob_token_ids
-
+    masks: Masks | None = None          # of the rows whose grammars rule
     simple: bool = False                # no row asks for anything but its best token: `plain` without looking
+
+    @property
+    def forbidding(self) -> bool:
+        """Whether parameters change or forbid tokens of some row."""
+        return bool(self.banned or self.words or self.bias or (self.allowed >= 0).any())
 
     @property
     def banning(self) -> bool:
         """Whether some row may be left without any token."""
-        return bool(self.banned or self.words or self.bias or (self.allowed >= 0).any())
+        return self.forbidding or self.masks is not None
 
     @property
     def plain(self) -> bool:
-        """Whether the best token of unmodified logits is all that is wanted of every row."""
-        return self.simple or not (self.banning or self.extra or (self.logprobs >= 0).any() or (self.temperature > 0).any()
-                    or (self.history >= 0).any() or (self.thinking >= 0).any() or self.beam.any())
+        """Whether the best token is all that is wanted of every row, once grammars have had their say."""
+        return self.simple or not (
+            self.forbidding or self.extra or (self.logprobs >= 0).any() or (self.temperature > 0).any()
+            or (self.history >= 0).any() or (self.thinking >= 0).any() or self.beam.any())
 
 
 class Slots:

@@ -16,7 +16,7 @@ LATENCIES_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 2
 PER_TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 STEP_TOKENS = (1, *(8 << i for i in range(12)))
 REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length",
-           Finish.ABORT: "abort", Finish.ERROR: "error", Finish.REPETITION: "repetition"}
+           Finish.COMPLETE: "stop", Finish.ABORT: "abort", Finish.ERROR: "error", Finish.REPETITION: "repetition"}
 DROPS = ("misrouted", "duplicate", "aborted", "detokenizer_gone", "frontend_gone", "unknown_abort", "unknown_stop")
 
 

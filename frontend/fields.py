@@ -38,14 +38,11 @@ NO_EFFECT = ("user", "store", "metadata", "service_tier", "prediction", "prompt_
 REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((
         "audio", "chat_template_kwargs.chat_template", "chat_template_kwargs.tokenize",
-        "ec_transfer_params", "grammar", "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json",
-        "guided_regex", "guided_whitespace_pattern", "json_schema", "kv_transfer_params", "media_io_kwargs",
-        "mm_processor_kwargs", "prompt_embeds", "regex", "structural_tag",
-        "structured_outputs", "web_search_options"), ()),
+        "ec_transfer_params", "grammar", "guided_decoding_backend", "json_schema", "kv_transfer_params",
+        "media_io_kwargs", "mm_processor_kwargs", "prompt_embeds", "regex", "structural_tag", "web_search_options"), ()),
     "mm_payload": ("tensors",), "return_mm_kwargs": (True,), "return_token_offsets": (False,),
     "function_call": ("none",), "functions": ([],),
-    "include_reasoning": (True,), "logits_processors": ([],), "parallel_tool_calls": (True,),
-    "modalities": (["text"],), "response_format": ({"type": "text"},),
+    "include_reasoning": (True,), "logits_processors": ([],), "parallel_tool_calls": (True,), "modalities": (["text"],),
     "routed_experts_prompt_start": (0,), "tool_choice": ("none",), "tools": ([],),
     "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),
 }

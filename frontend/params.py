@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from frontend.choose import check_length, choose, named
+from frontend.constraints import grammar_of
 from frontend.fields import MAX_PROMPTS
 from frontend.request import Prompt, Spec
 from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
@@ -27,6 +28,7 @@ from pipeline.params import (
     MAX_LOGPROBS,
     Beam,
     DetokSpec,
+    Grammar,
     Repetition,
     SamplingParams,
     Thinking,
@@ -287,7 +289,16 @@ def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_toke
         bias_values=array("f", bias.values()).tobytes(), logprobs=logprobs,
         prompt_logprobs=_num_logprobs(body.prompt_logprobs, "prompt_logprobs", config, model),
         allowed_ids=pack_ids(dict.fromkeys(body.allowed_token_ids or ())), bad_words=list(body.bad_words or ()),
-        logprob_ids=pack_ids(extra), repetition=_repetition(body), thinking=_thinking(body, model), beam=_beam(body))
+        logprob_ids=pack_ids(extra), repetition=_repetition(body), thinking=_thinking(body, model), beam=_beam(body),
+        grammar=_constraint(body))
+
+
+def _constraint(body: Sampling) -> Grammar | None:
+    grammar = grammar_of(body)
+    if grammar is not None and body.use_beam_search:
+        raise QuartetError("unsupported_parameter", f"The parameter '{grammar.param}' is not supported together with "
+                                                    "'use_beam_search'.", grammar.param)
+    return grammar
 
 
 def _repetition(body: Sampling) -> Repetition | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from frontend.constraints import Constrained
 from frontend.fields import (
     MAX_PROMPTS,
     AllowedIds,
@@ -77,7 +78,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class Sampling(Body):
+class Sampling(Constrained):
     """What completions and chat have in common."""
 
     model: str | None = None

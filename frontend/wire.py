@@ -19,7 +19,7 @@ quote = json.encoder.encode_basestring_ascii
 
 _ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _REASONS = {Finish.EOS: "stop", Finish.STOP_ID: "stop", Finish.STOP_STRING: "stop", Finish.LENGTH: "length",
-            Finish.REPETITION: "repetition"}
+            Finish.REPETITION: "repetition", Finish.COMPLETE: "stop"}
 
 
 def dump(value: Any) -> bytes:

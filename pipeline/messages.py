@@ -69,6 +69,7 @@ class Finish(IntEnum):
     ABORT = 5
     ERROR = 6
     REPETITION = 7
+    COMPLETE = 8                        # the grammar of the output allows nothing more
 
 
 class AbortReason(IntEnum):

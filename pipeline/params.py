@@ -28,10 +28,13 @@ GREEDY_BELOW = 1e-5
 class Grammar:
     """What constrains a choice's output; checked by the tokenizer, compiled by the engine beside its loop."""
 
-    kind: str                           # json_schema | json_object | regex | choice | lark | structural_tag
+    kind: str                           # pipeline.grammars.KINDS; from the tokenizer to the engine: COMPILED
     text: str                           # the schema, pattern, JSON list of choices, grammar or tag description
     after: str = ""                     # the text that ends what comes before the constraint (a reasoning's end tag)
     after_ids: bytes = b""              # uint32: the same as ids, filled in by the tokenizer; empty: from the first id
+    whitespace: str | None = None       # JSON: regex of white space between tokens; "": none; None: a little
+    closed: bool = False                # JSON: objects have no properties but those that the schema names
+    param: str = "response_format"      # the parameter that asked for it, for errors
 
 
 @dataclass(slots=True)

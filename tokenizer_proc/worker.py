@@ -6,6 +6,7 @@ request only; texts of users are never logged.
 """
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -45,6 +46,7 @@ from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 from tokenizer_proc.audio.recordings import Recordings
+from tokenizer_proc.grammar import CHECK_S, GrammarChecker, compiled
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
 from tokenizer_proc.pool import PoolWork, Result
@@ -55,7 +57,8 @@ MAX_PENDING = 4096
 MAX_PENDING_BYTES = 128 * 2**20
 MAX_UNSENT = 256                    # results that outboxes refused; with more, no new work is taken
 MAX_UNSENT_BYTES = 64 * 2**20
-RETRY_NS = 5_000_000                # how soon an outbox that was full is tried again
+MAX_CHECKING = 256                  # requests whose grammars are being checked
+RETRY_NS = 2_000_000                # how soon an outbox that was full, or a grammar, is looked at again
 POOL_TURN = 8                       # other requests that may go ahead of a slice of a pooling request
 Work = Submit | TokenizeQuery | DetokenizeQuery | PoolWork
 Message = Submit | SubmitPool | SubmitAudio | AudioCredit | TokenizeQuery | DetokenizeQuery
@@ -79,11 +82,20 @@ class Unsent:
     size: int
 
 
+@dataclass(slots=True)
+class Checking:
+    """An Add whose grammar is being checked."""
+
+    result: Unsent
+    param: str
+    expires_ns: int
+
+
 class TokenizerWorker:
     """Implements pipeline.transport.Logic."""
 
     def __init__(self, config: ServerConfig, index: int, epoch: int, sender: Sender, registry: CollectorRegistry,
-                 models: TextModels | None = None) -> None:
+                 models: TextModels | None = None, checker: GrammarChecker | None = None) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"        # one text at a time: threads would only fight the engine
         self._index, self._epoch, self._sender = index, epoch, sender
         self._num_frontends, self._num_engines = config.frontends, len(config.engines())
@@ -98,6 +110,8 @@ class TokenizerWorker:
         self.recordings = Recordings(
             config.models, config.audio.max_seconds, self._send,
             lambda rid, error: self._fail(rid, error.code, error.message, error.param))
+        self._checker = checker or GrammarChecker()
+        self._checking: dict[int, Checking] = {}
         self._outcomes = Counter("quartet:tokenizer_requests", "Requests that were worked on, by outcome.", ["outcome"],
                                  registry=registry)
         self._dropped = Counter("quartet:tokenizer_dropped", "Messages that were dropped, by reason.", ["reason"],
@@ -112,6 +126,7 @@ class TokenizerWorker:
             rids = _rids(message)
             for rid in rids:
                 self._forget(rid)
+                self._checking.pop(rid, None)
             if self._unsent:
                 self._discard(lambda rid: rid in rids)
         elif not isinstance(message, (Submit, SubmitPool, SubmitAudio, AudioCredit, TokenizeQuery, DetokenizeQuery)):
@@ -122,7 +137,7 @@ class TokenizerWorker:
             self._dropped.labels(reason="old_epoch").inc()
         elif isinstance(message, AudioCredit):
             self.recordings.grant(message.rid, message.credit)
-        elif message.rid in self._pending or message.rid in self._pools or message.rid in self.recordings:
+        elif any(message.rid in held for held in (self._pending, self._pools, self._checking, self.recordings)):
             self._dropped.labels(reason="twice").inc()
         elif isinstance(message, SubmitAudio):
             self.recordings.submit(message)
@@ -139,6 +154,8 @@ class TokenizerWorker:
             self._retry()
         if self._unsent_bytes < MAX_UNSENT_BYTES:
             self.recordings.turn()
+        if self._checking:
+            self._take_checked()
         if self.has_work():
             work = self._next()
             if not self._work(work):
@@ -160,10 +177,11 @@ class TokenizerWorker:
 
     def accepting(self) -> bool:
         return (len(self._pending) + len(self._pools) < MAX_PENDING and self._pending_bytes < MAX_PENDING_BYTES
-                and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES)
+                and len(self._unsent) < MAX_UNSENT and self._unsent_bytes < MAX_UNSENT_BYTES
+                and len(self._checking) < MAX_CHECKING)
 
     def next_timer_ns(self) -> int | None:
-        return time.monotonic_ns() + RETRY_NS if self._unsent else self.recordings.next_timer_ns()
+        return (time.monotonic_ns() + RETRY_NS if self._unsent or self._checking else self.recordings.next_timer_ns())
 
     def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
         if kind is Kind.FRONTEND:
@@ -180,6 +198,9 @@ class TokenizerWorker:
             return
         for rid in gone:
             self._forget(rid)
+        for rid in [rid for rid in self._checking if kind is Kind.FRONTEND and frontend_index(rid) == index
+                    and frontend_epoch(rid) != short_epoch(epoch)]:
+            del self._checking[rid]
 
     def load(self) -> Load:
         return Load(waiting=len(self._pending) + len(self._pools) + len(self.recordings), outstanding_bytes=self._pending_bytes)
@@ -205,11 +226,38 @@ class TokenizerWorker:
             log.error("request %x: %s at %s", work.rid, type(error).__name__, place)
             self._fail(work.rid, "internal_error", "The server failed to tokenize this request.")
         else:
-            self._outcomes.labels(outcome="ok").inc()
             for to, message, size in results:
-                self._send(to, message, size)
+                self._hand_over(work, Unsent(to, message, size))
         self._forget(work.rid)
         return True
+
+    def _hand_over(self, work: Work, result: Unsent) -> None:
+        """Send a result, once the grammar that it carries is known to be good."""
+        if isinstance(work, Submit) and not work.history:
+            grammar = result.message.items[0].sampling.grammar
+            if grammar is not None and not self._checker.knows(grammar.text):
+                expires = time.monotonic_ns() + int(CHECK_S * 1e9)
+                self._checking[work.rid] = Checking(result, grammar.param, expires)
+                self._checker.submit(work.rid, grammar.text)
+                return
+        self._outcomes.labels(outcome="ok").inc()
+        self._send(result.to, result.message, result.size)
+
+    def _take_checked(self) -> None:
+        """Send what was found good; refuse the rest, and what takes too long."""
+        for rid, error in self._checker.take():
+            entry = self._checking.pop(rid, None)
+            if entry is None:
+                continue                                      # aborted, or refused for its time
+            if error is not None:
+                self._fail(rid, error.code, error.message, entry.param)
+            else:
+                self._outcomes.labels(outcome="ok").inc()
+                self._send(entry.result.to, entry.result.message, entry.result.size)
+        now = time.monotonic_ns()
+        for rid in [rid for rid, entry in self._checking.items() if entry.expires_ns <= now]:
+            param = self._checking.pop(rid).param
+            self._fail(rid, "invalid_value", "The grammar of this request takes too long to check.", param)
 
     def _slice(self, work: PoolWork) -> list[Result]:
         """Encode some inputs; once all are good, the messages that hand them over."""
@@ -227,9 +275,14 @@ class TokenizerWorker:
             sampling = work.sampling
             if sampling.bad_words or sampling.thinking is not None:
                 sampling = resolve(self._models.get(work.model), sampling)
+            if sampling.grammar is not None:
+                grammar = compiled(sampling.grammar, self._models.get(work.model).tokenizer, unpack_ids(ids),
+                                   work.detok.reasoning_parser)
+                sampling = dataclasses.replace(sampling, grammar=grammar)
             add = Add(work.rid, work.route, work.n, work.choice, ids, work.history, sampling, work.detok,
                       work.deadline_ns, work.priority, work.salt, work.alone)
-            return Address(Kind.ENGINE, work.route.engine), Adds([add]), len(ids) + len(work.history) + 200
+            size = len(ids) + len(work.history) + 200 + (len(sampling.grammar.text) if sampling.grammar else 0)
+            return Address(Kind.ENGINE, work.route.engine), Adds([add]), size
         model, to = self._models.get(work.model), Address(Kind.FRONTEND, frontend_index(work.rid))
         if isinstance(work, TokenizeQuery):
             numbers = self._maker.query_ids(model, work)
@@ -323,7 +376,9 @@ def _size(work: Work) -> int:
     size = 500 + len(work.text or "") + (len(work.suffix or "") if isinstance(work, Submit) else 0)
     if work.chat is not None:
         size += _chat_size(work.chat)
-    return size + (len(work.ids) + len(work.history) if isinstance(work, Submit) else 0)
+    if isinstance(work, Submit):
+        size += len(work.ids) + len(work.history) + (len(work.sampling.grammar.text) if work.sampling.grammar else 0)
+    return size
 
 
 def _chat_size(chat: Chat) -> int:

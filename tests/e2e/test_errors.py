@@ -47,7 +47,7 @@ BAD = [
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
     ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {
         "url": "data:image/png;base64,AA=="}}]}]}, 400, None),
-    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json"}}, 400, "response_format.type"),
     ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function", "function": {"name": "f f"}}]}, 400,
      "tools[0].function.name"),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, 400, "tool_choice"),

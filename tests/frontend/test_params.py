@@ -287,7 +287,6 @@ def test_unsupported_fields_are_refused_by_name_unless_they_ask_for_nothing(name
 
 def test_unsupported_template_arguments() -> None:
     assert refused(chat, chat_template_kwargs={"chat_template": "x"}).param == "chat_template_kwargs.chat_template"
-    assert refused(chat, response_format={"type": "json_object"}).param == "response_format"
     assert refused(complete, tool_choice="auto").param == "tool_choice"
 
 

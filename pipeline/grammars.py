@@ -1,0 +1,90 @@
+"""How the stages name constraints: the kinds of Grammar records, their bounds, and builders for each kind.
+
+Pure data, read by the frontend (which makes records from bodies), by the tokenizer (which checks them and turns them into
+the language of the `llguidance` library) and by the engine (which compiles those). Holds no state.
+
+A tool format is a structural tag: `tool_calls` makes the record from the text that a model family writes around the
+arguments of each tool. What comes before the constraint, such as reasoning, is named by `Grammar.after`.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pipeline.params import Grammar
+
+JSON_SCHEMA, JSON_OBJECT, REGEX, CHOICE = "json_schema", "json_object", "regex", "choice"
+LARK, EBNF, STRUCTURAL_TAG = "lark", "ebnf", "structural_tag"
+KINDS = (JSON_SCHEMA, JSON_OBJECT, REGEX, CHOICE, LARK, EBNF, STRUCTURAL_TAG)
+COMPILED = "llguidance"                      # tokenizer -> engine: the text is a grammar of that library
+MAX_GRAMMAR_BYTES = 256 * 1024               # of one grammar's text
+MAX_COMPILED_BYTES = 1024 * 1024             # of what the tokenizer makes of it
+MAX_CHOICES = 10_000
+MAX_AFTER = 256                              # characters
+# Of llguidance, for checking and for following a grammar; its own defaults are up to ten times as generous.
+LIMITS = MappingProxyType({
+    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 2000,
+    "max_lexer_states": 50_000, "max_grammar_size": 300_000, "verbose_errors": False})
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def json_schema(schema: Any, whitespace: str | None = None, closed: bool = False) -> Grammar:
+    """Any JSON value that is valid under `schema`, a JSON value itself."""
+    return Grammar(JSON_SCHEMA, dump(schema), whitespace=whitespace, closed=closed)
+
+
+def json_object(whitespace: str | None = None) -> Grammar:
+    """Any JSON object."""
+    return Grammar(JSON_OBJECT, "", whitespace=whitespace)
+
+
+def choice(texts: Iterable[str]) -> Grammar:
+    """Exactly one of `texts`."""
+    return Grammar(CHOICE, dump(list(texts)))
+
+
+def context_free(text: str) -> Grammar:
+    """A grammar as users write them: EBNF (``root ::= ...``, as GBNF has it) or else Lark (``start: ...``)."""
+    return Grammar(EBNF if "::=" in text else LARK, text)
+
+
+def structural_tag(form: Any, whitespace: str | None = None) -> Grammar:
+    """`form`: the "format" of a structural tag, as docs/structured-outputs.md describes it."""
+    return Grammar(STRUCTURAL_TAG, dump({"type": "structural_tag", "format": form}), whitespace=whitespace)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolForm:
+    """One tool in a family's format: what stands around its arguments, control tokens spelled out.
+
+    `style`: "json", or "qwen_xml" / "glm_xml" for arguments that are written as tags.
+    """
+
+    begin: str                               # '<tool_call>\n{"name": "get_weather", "arguments": '
+    schema: Any                              # JSON Schema of the arguments
+    end: str                                 # '}\n</tool_call>'
+    style: str = "json"
+
+
+def tool_calls(tools: Sequence[ToolForm], *, begin: str = "", separator: str = "", end: str = "",
+               parallel: bool = True, after: str = "", whitespace: str | None = None) -> Grammar:
+    """One call at least, and with `parallel` several, of `tools`: begin call (separator call)* end, and nothing else.
+
+    `after`: text behind which the constraint begins, such as a reasoning's end tag; "": with the first token.
+    """
+    tags = [{"type": "tag", "begin": tool.begin, "end": tool.end,
+             "content": {"type": "json_schema", "json_schema": tool.schema, "style": tool.style}} for tool in tools]
+    calls = {"type": "tags_with_separator", "tags": tags, "separator": separator, "at_least_one": True,
+             "stop_after_first": not parallel}
+    form = {"type": "sequence", "elements": [
+        *([{"type": "const_string", "value": begin}] if begin else []), calls,
+        *([{"type": "const_string", "value": end}] if end else [])]}
+    grammar = structural_tag(form, whitespace)
+    grammar.after = after
+    return grammar

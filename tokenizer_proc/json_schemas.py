@@ -1,0 +1,146 @@
+"""JSON Schemas of users, made ready for the grammar library: bounded, with our white space, without what it misreads.
+
+Run by the tokenizer. What a schema means is never loosened: `oneOf` becomes `anyOf` only where its branches cannot both
+hold, and what is not understood is refused by name (here or by the library).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MAX_DEPTH = 64
+MAX_NODES = 50_000
+# Between two tokens of JSON: a space or two, or a line break with its indentation. Never without an end.
+WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,32}"
+_ONE = ("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
+        "unevaluatedProperties", "unevaluatedItems")
+_MANY = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_TYPES = frozenset(("null", "boolean", "object", "array", "number", "string", "integer"))
+Schema = dict[str, Any]
+
+
+class Unusable(Exception):
+    """A grammar that cannot be used; the text is a sentence for its user."""
+
+
+def check_size(value: Any) -> None:
+    """Unusable for JSON that is nested too deep or has too many parts."""
+    level, depth, nodes = [value], 0, 0
+    while level:
+        depth += 1
+        below: list[Any] = []
+        for item in level:
+            below.extend(item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        nodes += len(below)
+        if depth > MAX_DEPTH + 1:
+            raise Unusable(f"The JSON schema is nested deeper than {MAX_DEPTH} levels.")
+        if nodes > MAX_NODES:
+            raise Unusable(f"The JSON schema has more than {MAX_NODES} parts.")
+        level = below
+
+
+def prepare(schema: Any, whitespace: str | None, closed: bool) -> Schema:
+    """A schema for the library, with our options. Unusable where it cannot be honoured."""
+    check_size(schema)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise Unusable("A JSON schema must be an object.")
+    options: dict[str, Any] = {"whitespace_flexible": False}
+    if whitespace != "":
+        options = {"whitespace_pattern": WHITESPACE if whitespace is None else whitespace}
+    return {**_rewritten(schema, schema, closed), "x-guidance": options}
+
+
+def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
+    if not isinstance(schema, dict):
+        return schema                        # true, false, or what the library will refuse
+    made = {key: value for key, value in schema.items() if key != "x-guidance"}
+    for key in _ONE:
+        if isinstance(made.get(key), dict):
+            made[key] = _rewritten(made[key], root, closed)
+    for key in _MANY:
+        if isinstance(made.get(key), list):
+            made[key] = [_rewritten(item, root, closed) for item in made[key]]
+    for key in _NAMED:
+        if isinstance(made.get(key), dict):
+            made[key] = {name: _rewritten(item, root, closed) for name, item in made[key].items()}
+    if closed and isinstance(made.get("properties"), dict):
+        made.setdefault("additionalProperties", False)
+    branches = made.get("oneOf")
+    if isinstance(branches, list):
+        if not disjoint(branches, root):
+            raise Unusable("The JSON schema uses 'oneOf' with branches that may hold together; use 'anyOf', or give each "
+                           "branch a type or a required constant of its own.")
+        del made["oneOf"]
+        if "anyOf" in made:
+            made["allOf"] = [*made.get("allOf", []), {"anyOf": branches}]
+        else:
+            made["anyOf"] = branches
+    return made
+
+
+def disjoint(branches: list[Any], root: Schema) -> bool:
+    """Whether no value can be valid under two of `branches`: they differ in type, or in a required constant."""
+    facts = [_resolve(branch, root) for branch in branches]
+    if len(facts) > 1 and not all(isinstance(fact, dict) for fact in facts):
+        return False
+    kinds = [_kinds(fact) for fact in facts]
+    if _apart(kinds):
+        return True
+    values = [_values(fact) for fact in facts]
+    if all(values) and _apart(values):
+        return True
+    if any(kind != {"object"} for kind in kinds):
+        return False
+    names = set.intersection(*(set(_strings(fact.get("required"))) for fact in facts))
+    for name in names:
+        found = [_values(_resolve(_property(fact, name), root)) for fact in facts]
+        if all(found) and _apart(found):
+            return True
+    return False
+
+
+def _apart(sets: list[set[Any]]) -> bool:
+    """Whether no two of the sets share a member."""
+    return sum(map(len, sets)) == len(set().union(*sets))
+
+
+def _resolve(schema: Any, root: Schema) -> Any:
+    """`schema` behind its local references, a few of them."""
+    for _ in range(8):
+        if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
+            break
+        target: Any = root
+        for part in schema["$ref"].removeprefix("#").strip("/").split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        schema = target
+    return schema
+
+
+def _kinds(schema: Schema) -> set[str]:
+    kind = schema.get("type")
+    kinds = set(_strings([kind] if isinstance(kind, str) else kind)) & _TYPES
+    return ({"number" if k == "integer" else k for k in kinds}) or set(_TYPES - {"integer"})
+
+
+def _values(schema: Any) -> set[str]:
+    """What a schema's constants are, typed; empty without any."""
+    if not isinstance(schema, dict):
+        return set()
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(values, list):
+        return set()
+    return {f"{type(value).__name__}:{value}" if isinstance(value, (str, bool)) else f"number:{float(value)}"
+            if isinstance(value, (int, float)) else f"json:{value}" for value in values}
+
+
+def _property(schema: Schema, name: str) -> Any:
+    properties = schema.get("properties")
+    return properties.get(name) if isinstance(properties, dict) else None
+
+
+def _strings(values: Any) -> Iterator[str]:
+    items: Iterable[Any] = values if isinstance(values, list) else ()
+    return (item for item in items if isinstance(item, str))

@@ -66,18 +66,17 @@ class Constraint:
         ends = self.ends if held or sampling.ignore_eos or not self.active else frozenset()
         return np.array(sorted(id_ for id_ in ends | (stops if held else frozenset()) if id_ < vocab), np.int64)
 
-    def advance(self, token: int) -> None:
-        """`token` was appended to the output."""
+    def advance(self, token: int) -> QuartetError | None:
+        """`token` was appended to the output; what is wrong, if anything."""
         if self.error is not None or self.complete:
-            return
+            return self.error
         if not self.active:
             self._look_for_after(token)
-            return
-        matcher = self._matcher
-        if not matcher.consume_token(token):
+        elif not self._matcher.consume_token(token):
             self._fail("became too complex to follow", 0)
-        elif matcher.is_stopped():
-            self.complete = True
+        else:
+            self.complete = self._matcher.is_stopped()
+        return self.error
 
     def allowed(self, vocab: int, avoid: np.ndarray) -> np.ndarray:
         """Which of the ids below `vocab` may come next: bool [vocab]. None may where `error` is set.

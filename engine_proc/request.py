@@ -88,11 +88,9 @@ class Sequence:
             return Finish.LENGTH                      # it was to give one token's candidates
         token, constraint = self.tokens[-1], self.constraint
         repeats = self.watch is not None and self.watch.push(token)
-        if constraint is not None:
-            constraint.advance(token)
-            if constraint.error is not None:
-                self.error = constraint.error
-                return Finish.ERROR
+        if constraint is not None and (error := constraint.advance(token)) is not None:
+            self.error = error
+            return Finish.ERROR
         if token in self.stops and self.num_output > self.sampling.min_tokens:
             if token == self.eos_id:
                 return Finish.EOS

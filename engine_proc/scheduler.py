@@ -117,7 +117,6 @@ class Scheduler:
             elif known - scheduled > 1:
                 prefills.append(seq)
             elif scheduled < known or (seq.constraint is None and scheduled + 1 < seq.max_total):
-                # Else its last token is being computed, or decides what may follow it.
                 if scheduled == len(seq.block_table) * size:
                     if not self._make_room(index):
                         break                         # nobody newer goes on: they drain, then they can be pre-empted

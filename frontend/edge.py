@@ -16,20 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from frontend import generate, logprobs, tokens
+from frontend import generate, logprobs, pooling, tokens
 from frontend.collector import Update
 from frontend.generate import Job
 from frontend.health import Health
+from frontend.pool_answers import usage as pool_usage
 from frontend.request import Request
 from frontend.turn import Turn
 from frontend.wire import dump, usage_of
 from pipeline import __version__, edge, keys
 from pipeline.config import EdgeConfig
 from pipeline.errors import QuartetError, invalid
-from pipeline.messages import AbortReason
+from pipeline.messages import AbortReason, pack_ids
 from pipeline.schema import BadFrame
 from pipeline.stage import Context
 
@@ -195,6 +197,8 @@ class Edge:
             if message.op in generate.JOBS:
                 job = generate.JOBS[message.op](message.body_json, self._context.config)
                 await self._generate(session, call, message, job, start)
+            elif message.op in pooling.KINDS:
+                await self._pool(session, call, message)
             else:
                 value = await self._plain(message)
                 self._send(session.identity, edge.Reply(call.cid, 200, dump(value)))
@@ -248,6 +252,21 @@ class Edge:
             raise
         finally:
             frontend.table.close(request, reason)
+
+    async def _pool(self, session: _Session, call: _Call, message: edge.Call) -> None:
+        """Vectors go out as they are, everything else as the JSON of the HTTP API."""
+        if message.stream:
+            raise invalid("Answers made of numbers are not streamed.", "stream")
+        kind, frontend = pooling.KINDS[message.op], self._frontend
+        ask = kind.read(message.body_json, frontend.config, frontend.stages)
+        async with pooling.computed(frontend, ask, len(message.body_json)) as request:
+            if message.op in ("embeddings", "pooling"):
+                rows, usage = request.results(), dump(pool_usage(request.prompt_tokens))
+                data = rows[0] if len(rows) == 1 else np.concatenate(rows)
+                self._send(session.identity, edge.Vectors(call.cid, pack_ids(map(len, rows)), data, usage))
+            else:
+                answer = await pooling.written(kind, ask, request, message.request_id or ask.label or secrets.token_hex(12))
+                self._send(session.identity, edge.Reply(call.cid, 200, answer.body))
 
     async def _stream(self, session: _Session, call: _Call, job: Job, request: Request) -> None:
         """Chunks as they come, within the credit; then the end with the usage."""
@@ -311,7 +330,7 @@ class Edge:
                 call.task.cancel()
 
 
-OPERATIONS = frozenset({*generate.JOBS, "tokenize", "detokenize", "health"})
+OPERATIONS = frozenset({*generate.JOBS, *pooling.KINDS, "tokenize", "detokenize", "health"})
 
 
 def _pieces(job: Job, request: Request) -> Callable[[int, Update], edge.Chunk | None]:

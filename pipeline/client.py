@@ -64,9 +64,9 @@ class _Call:
 
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     chunks: deque[list[edge.Chunk]] = field(default_factory=deque)
-    end: edge.Reply | edge.End | ApiError | None = None
+    end: edge.Reply | edge.End | edge.Vectors | ApiError | None = None
 
-    def finish(self, end: edge.Reply | edge.End | ApiError) -> None:
+    def finish(self, end: edge.Reply | edge.End | edge.Vectors | ApiError) -> None:
         self.end = self.end or end
         self.ready.set()
 
@@ -121,12 +121,13 @@ class Stream:
     async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
-    def _finish(self, end: edge.Reply | edge.End | ApiError) -> None:
+    def _finish(self, end: edge.Reply | edge.End | edge.Vectors | ApiError) -> None:
         self._client.forget(self._cid, self._call)
         if isinstance(end, ApiError):
             raise end
         if isinstance(end, edge.Reply):
             raise ApiError(end.status, json.loads(end.body_json).get("error", {}))
+        assert isinstance(end, edge.End)
         self.usage = json.loads(end.usage_json)
         raise StopAsyncIteration
 
@@ -226,6 +227,28 @@ class AsyncClient:
         answer = await self._whole("detokenize", body | {"tokens": np.asarray(tokens).tolist()}, "")
         return str(answer["prompt"])
 
+    async def embed(self, input: Any, *, request_id: str = "", **body: Any) -> np.ndarray:
+        """POST /v1/embeddings: float32 [inputs, dimensions]. `input`: texts, or token ids as lists or arrays."""
+        return (await self._vectors("embeddings", body | {"input": _plain(input)}, request_id))[0]
+
+    async def pooling(self, input: Any, *, request_id: str = "", **body: Any) -> list[np.ndarray]:
+        """POST /pooling: of each input float32 [rows, width]; a row per token with a task such as token_embed."""
+        data, rows = await self._vectors("pooling", body | {"input": _plain(input)}, request_id)
+        return np.split(data, np.cumsum(rows)[:-1])
+
+    async def classify(self, input: Any, *, request_id: str = "", **body: Any) -> dict[str, Any]:
+        """POST /classify: the whole answer."""
+        return await self._whole("classify", body | {"input": _plain(input)}, request_id)
+
+    async def score(self, text_1: Any, text_2: Any, *, request_id: str = "", **body: Any) -> np.ndarray:
+        """POST /score: float32, one per pair."""
+        answer = await self._whole("score", body | {"text_1": text_1, "text_2": text_2}, request_id)
+        return np.asarray([entry["score"] for entry in answer["data"]], dtype=np.float32)
+
+    async def rerank(self, query: str, documents: list[Any], *, request_id: str = "", **body: Any) -> dict[str, Any]:
+        """POST /rerank: the whole answer; `results` has the best document first."""
+        return await self._whole("rerank", body | {"query": query, "documents": documents}, request_id)
+
     async def health(self) -> dict[str, Any]:
         """GET /health; ApiError 503 when the server cannot answer requests."""
         return await self._whole("health", {}, "")
@@ -258,7 +281,8 @@ class AsyncClient:
         self.send(edge.Call(cid, op, json.dumps(body).encode(), stream, request_id))
         return cid, call
 
-    async def _whole(self, op: str, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+    async def _ended(self, op: str, body: dict[str, Any], request_id: str) -> edge.Reply | edge.Vectors:
+        """The answer of a call that is no stream; ApiError for an error."""
         cid, call = self._open(op, body, False, request_id)
         try:
             await call.ready.wait()
@@ -267,11 +291,21 @@ class AsyncClient:
         end = call.end
         if isinstance(end, ApiError):
             raise end
+        assert isinstance(end, (edge.Reply, edge.Vectors))
+        if isinstance(end, edge.Reply) and end.status >= 400:
+            raise ApiError(end.status, json.loads(end.body_json).get("error", {}))
+        return end
+
+    async def _whole(self, op: str, body: dict[str, Any], request_id: str) -> dict[str, Any]:
+        end = await self._ended(op, body, request_id)
         assert isinstance(end, edge.Reply)
-        value = json.loads(end.body_json)
-        if end.status >= 400:
-            raise ApiError(end.status, value.get("error", {}))
-        return dict(value)
+        return dict(json.loads(end.body_json))
+
+    async def _vectors(self, op: str, body: dict[str, Any], request_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of all inputs, and how many each has."""
+        end = await self._ended(op, body, request_id)
+        assert isinstance(end, edge.Vectors)
+        return end.data, np.frombuffer(end.rows, dtype="<u4")
 
     def _stream(self, op: str, body: dict[str, Any], request_id: str) -> Stream:
         return Stream(self, *self._open(op, body | {"stream": True}, True, request_id))
@@ -298,7 +332,7 @@ class AsyncClient:
                 if call is not None:
                     call.chunks.append(chunks)
                     call.ready.set()
-        elif isinstance(message, (edge.Reply, edge.End)):
+        elif isinstance(message, (edge.Reply, edge.End, edge.Vectors)):
             call = self._calls.get(message.cid)
             if call is not None:
                 call.finish(message)
@@ -321,6 +355,15 @@ class AsyncClient:
             self.send(edge.Ping(number & 0xFFFFFFFF))
             if time.monotonic() - self._heard > edge.LEASE_MS / 1000:
                 self._lose(f"nothing was heard for {edge.LEASE_MS // 1000} s")
+
+
+def _plain(value: Any) -> Any:
+    """Token ids in arrays as lists, texts as they are."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+        return [ids.tolist() for ids in value]
+    return value
 
 
 class SyncStream:
@@ -401,6 +444,21 @@ class Client:
 
     def detokenize(self, tokens: Any, **body: Any) -> str:
         return self._run(self._client.detokenize(tokens, **body))
+
+    def embed(self, input: Any, **body: Any) -> np.ndarray:
+        return self._run(self._client.embed(input, **body))
+
+    def pooling(self, input: Any, **body: Any) -> list[np.ndarray]:
+        return self._run(self._client.pooling(input, **body))
+
+    def classify(self, input: Any, **body: Any) -> dict[str, Any]:
+        return self._run(self._client.classify(input, **body))
+
+    def score(self, text_1: Any, text_2: Any, **body: Any) -> np.ndarray:
+        return self._run(self._client.score(text_1, text_2, **body))
+
+    def rerank(self, query: str, documents: list[Any], **body: Any) -> dict[str, Any]:
+        return self._run(self._client.rerank(query, documents, **body))
 
     def health(self) -> dict[str, Any]:
         return self._run(self._client.health())

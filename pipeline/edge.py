@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from pipeline.codec import Codec
 from pipeline.schema import i64, u16, u32
 
@@ -37,7 +39,8 @@ class Welcome:
 
 @dataclass(slots=True)
 class Call:
-    """client -> frontend. `op`: chat, completions, tokenize, detokenize, models or health."""
+    """client -> frontend. `op`: chat, completions, tokenize, detokenize, embeddings, pooling, classify, score, rerank, models
+    or health."""
 
     cid: u32                      # the client's own number, fresh per call
     op: str
@@ -112,7 +115,17 @@ class End:
     usage_json: bytes
 
 
+@dataclass(slots=True)
+class Vectors:
+    """frontend -> client: the whole answer of embeddings or pooling, numbers as they are."""
+
+    cid: u32
+    rows: bytes                   # uint32 per input: rows of `data`
+    data: np.ndarray              # float32 [sum(rows), D]
+    usage_json: bytes
+
+
 REGISTRY: dict[int, type] = {1: Hello, 2: Welcome, 3: Call, 4: Cancel, 5: Credit, 6: Ping, 7: Pong, 8: Reset, 9: Reply,
-                             10: Chunks, 11: End}
+                             10: Chunks, 11: End, 12: Vectors}
 _CODEC = Codec(REGISTRY, (Chunk,))
 encode, decode = _CODEC.encode, _CODEC.decode

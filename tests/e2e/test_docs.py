@@ -46,13 +46,18 @@ def _python(text: str, name: str) -> str:
     return shown.getvalue()
 
 
+def run(language: str, text: str, name: str) -> str:
+    """What an example shows."""
+    return _bash(text) if language == "bash" else _python(text, name)
+
+
 EXAMPLES = examples()
 
 
 @pytest.mark.parametrize(("name", "language", "text"), EXAMPLES, ids=[name for name, _, _ in EXAMPLES])
 def test_the_example_works(smollm: Server, name: str, language: str, text: str) -> None:
     text = text.replace(PLACE, smollm.url)
-    shown = _bash(text) if language == "bash" else _python(text, name)
+    shown = run(language, text, name)
     assert shown.strip() and '{"error":{"message"' not in shown
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import openai
 import pytest
 
+from pipeline.client import ApiError, Client
 from tests.serving import ROOT, Server, gguf
 from tests.waiting import until
 
@@ -31,7 +32,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         {"name": "embedder", "path": BERT, "task": "embed", "null-engine": "dimension=8", "null-step": 0.02, "replicas": 2},
         {"name": "moods", "path": BERT, "null-engine": "labels=2"},
         {"name": "ranker", "path": BERT, "task": "score", "null-engine": ""}]}))
-    with Server("--config", str(file)) as server:
+    with Server("--config", str(file), "--zmq-endpoint", f"ipc://{file.parent}/clients") as server:
         yield server
 
 
@@ -130,3 +131,25 @@ def test_one_query_waits_for_a_batch_and_not_for_two_thousand_inputs(many: Serve
         post(many, "/v1/embeddings", model="embedder", input="a query")
         assert not large.done(), "the query overtook"
         assert len(large.result(60)["data"]) == 2048
+
+
+def test_the_in_cluster_client_gets_arrays(many: Server) -> None:
+    endpoint = next(word for word in many.args if word.startswith("ipc://")) + ".0"
+    with Client(endpoint) as client:
+        assert client.models == ["chat", "embedder", "moods", "ranker"]
+        texts = [f"text {i}" for i in range(50)]
+        vectors = client.embed(texts, model="embedder")
+        over_http = [d["embedding"] for d in post(many, "/v1/embeddings", model="embedder", input=texts)["data"]]
+        assert vectors.dtype == np.float32 and np.array_equal(vectors, np.array(over_http, np.float32))
+        ids = np.array([101, 2000, 102], np.uint32)
+        assert np.array_equal(client.embed([ids, ids], model="embedder", add_special_tokens=False)[1],
+                              client.embed(ids, model="embedder", add_special_tokens=False)[0])
+        per_token = client.pooling(["one", "one two"], model="embedder", task="token_embed")
+        assert [v.shape for v in per_token] == [(3, 8), (4, 8)]
+        assert client.classify("hi", model="moods")["data"][0]["num_classes"] == 2
+        assert client.score("a b", ["a b", "c d"], model="ranker").tolist() == sorted(
+            client.score("a b", ["a b", "c d"], model="ranker").tolist(), reverse=True)
+        assert client.rerank("a b", ["c d", "a b"], model="ranker", top_n=1)["results"][0]["index"] == 1
+        with pytest.raises(ApiError) as error:
+            client.embed("hi", model="chat")
+        assert error.value.status == 400 and "'embedder'" in str(error.value)

@@ -57,7 +57,7 @@ def stretches(ids: list[int], begin: int, seconds: float) -> list[Stretch]:
 def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alignment | None) -> list[SpeechSegment]:
     """The segments of a window, times from the beginning of the recording."""
     assert window.given is not None
-    ids, origin, begin = take.output, window.given.start_s, vocabulary.timestamp_begin
+    ids, origin, begin = take.output, window.given.start_s, vocabulary.timestamp_begin if take.timestamps else -1
     text_at = [i for i, token in enumerate(ids) if token < vocabulary.first_special]
     timed: list[wording.Word] = []
     if alignment is not None:
@@ -75,7 +75,8 @@ def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alig
             stretch.start_s, stretch.end_s = wording.fit(inside, stretch.start_s, stretch.end_s, quiet_since_s, length)
             quiet_since_s = stretch.end_s
         found.append(SpeechSegment(
-            start_s=origin + stretch.start_s, end_s=origin + max(stretch.end_s, stretch.start_s), text=text,
+            start_s=origin + stretch.start_s, end_s=origin + max(stretch.end_s, stretch.start_s),
+            text=vocabulary.lead + text,
             ids=pack_ids(part), temperature=take.sampling.temperature, avg_logprob=take.avg_logprob,
             compression_ratio=compression_ratio(text), no_speech_prob=max(0.0, window.no_speech),
             words=[_word(word, take, text_at, origin) for word in inside]))

@@ -39,6 +39,8 @@ class Vocabulary:
     max_initial_timestamp: int | None = None        # index of the latest first timestamp
     alignment_heads: tuple[tuple[int, int], ...] = ()            # (layer, head); empty: no word times
     max_length: int = 448                           # decoder positions
+    first_special: int                              # ids from here on are no text
+    lead: str = ""                                  # what goes ahead of a window's text, where its ids do not say it
 
     @property
     def multilingual(self) -> bool:
@@ -69,11 +71,6 @@ class Vocabulary:
         ids = self.tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
         return [i for i in ids if i < first]
 
-    @property
-    def first_special(self) -> int:
-        """Ids from here on are no text."""
-        return min(self.eot, self.sot)
-
     def text(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens and timestamps left out."""
         first = self.first_special
@@ -82,10 +79,7 @@ class Vocabulary:
     @classmethod
     def read(cls, directory: Path, config: dict[str, Any]) -> Vocabulary:
         """Of a Whisper checkpoint."""
-        try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:              # the library raises bare Exception for whatever it cannot parse
-            raise refuse(f"The tokenizer of {directory} cannot be read: {str(error)[:200]}.") from None
+        tokenizer = read_tokenizer(directory)
         path = directory / "generation_config.json"
         generation = read_json(path) if path.is_file() else {}
 
@@ -108,7 +102,8 @@ class Vocabulary:
             heads = [(layer, head) for layer in range(layers // 2, layers) for head in range(count)]
         try:
             return cls(
-                tokenizer=tokenizer, eot=eot, sot=sot, sot_prev=named("<|startofprev|>"), no_speech=named(*NO_SPEECH),
+                tokenizer=tokenizer, eot=eot, sot=sot, sot_prev=named("<|startofprev|>"),
+                first_special=min(eot, sot), no_speech=named(*NO_SPEECH),
                 no_timestamps=no_timestamps, timestamp_begin=no_timestamps + 1 if no_timestamps >= 0 else -1,
                 transcribe=named("<|transcribe|>"), translate=named("<|translate|>"),
                 languages=languages if multilingual else {},
@@ -120,3 +115,11 @@ class Vocabulary:
                 max_length=int(config["max_target_positions"]))
         except (TypeError, ValueError):
             raise refuse(f"The generation_config.json of {directory} cannot be used.") from None
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """StartError when there is none that can be read."""
+    try:
+        return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:                  # the library raises bare Exception for whatever it cannot parse
+        raise refuse(f"The tokenizer of {directory} cannot be read: {str(error)[:200]}.") from None

@@ -46,7 +46,8 @@ def group(ids: Sequence[int], decode: Callable[[Sequence[int]], str], spaces: bo
         return pieces
     words: list[tuple[str, int, int]] = []
     for text, first, last in pieces:
-        if not words or text.startswith(" ") or text.strip() in string.punctuation:
+        blank = words and not words[-1][0].strip()             # a space that is a token of its own
+        if not blank and (not words or text.startswith(" ") or text.strip() in string.punctuation):
             words.append((text, first, last))
         else:
             words[-1] = (words[-1][0] + text, words[-1][1], last)

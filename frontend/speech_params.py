@@ -57,8 +57,10 @@ def ask(task: str, upload: Form, config: ServerConfig, stages: Stages) -> Speech
     timestamps = body.response_format in ("verbose_json", "srt", "vtt")
     words = "word" in granularities
     _check_model(body, task, facts, name, timestamps, words)
+    # Subtitles stand where words are said, not where the model rounds a segment to.
+    aligned = words or (body.response_format in ("srt", "vtt") and facts.get("words") is True)
     params = SpeechParams(
-        task=task, language=body.language, prompt=body.prompt, hotwords=body.hotwords, timestamps=timestamps, words=words,
+        task=task, language=body.language, prompt=body.prompt, hotwords=body.hotwords, timestamps=timestamps, words=aligned,
         temperatures=_ladder(body.temperature), sampling=_sampling(body, config))
     spec = RecordingSpec(model=number, path=str(upload.path), num_bytes=upload.size, params=params,
                          deadline_ns=time.monotonic_ns() + int(config.http.request_timeout_s * 1e9))

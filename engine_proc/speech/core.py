@@ -25,6 +25,7 @@ from engine_proc.speech.request import SpeechRequest, Take, Window
 from engine_proc.speech.segments import segments
 from engine_proc.speech.stats import SpeechStats
 from engine_proc.speech.vocabulary import Vocabulary
+from engine_proc.speech.words import onset
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
 from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
@@ -125,6 +126,8 @@ class SpeechCore:
         if given.last:
             request.total = given.index + 1
         window = request.windows[given.index] = Window(request, given, given.features)
+        if given.index and request.params.words:             # the first one begins with the recording, others in silence
+            window.onset_s = onset(given.features, given.seconds)
         given.features = given.features[:0]
         insort(self.waiting, window, key=_order)
         return None

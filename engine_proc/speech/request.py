@@ -49,6 +49,7 @@ class Window:
     given: AudioWindow | None                       # without its features once they are encoded
     features: np.ndarray | None              # until they are encoded
     audio: int = -1                          # slot of its encoder states; -1: not encoded
+    onset_s: float = 0.0                     # where sound begins in a window that was cut in silence
     attempt: int = 0                         # index into the temperatures
     take: Take | None = None                 # the sequence under way
     best: Take | None = None                 # the attempt with the highest mean log-probability so far

@@ -63,6 +63,8 @@ def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alig
     if alignment is not None:
         spaces = window.request.language not in SPACELESS
         timed = wording.timed([ids[i] for i in text_at], alignment, vocabulary.text, spaces)
+        if timed and timed[0].start_s < window.onset_s < timed[0].end_s:
+            timed[0].start_s = window.onset_s
     length, quiet_since_s = wording.usual(timed), 0.0
     found = []
     for stretch in stretches(ids, begin, window.given.seconds):

@@ -119,3 +119,16 @@ def fit(words: list[Word], start_s: float, end_s: float, quiet_since_s: float, l
     else:
         end_s = last.end_s
     return start_s, end_s
+
+
+def onset(features: np.ndarray, seconds: float, window_s: float = 30.0) -> float:
+    """Where sound begins in a window, in seconds: `features` is its log-mel spectrogram, [mels, frames].
+
+    The first of three frames in a row that rise clearly from the window's quiet towards its loud parts.
+    """
+    frames = features.shape[1]
+    loud = features[:, :max(3, min(frames, round(seconds / window_s * frames)))].mean(axis=0)
+    quiet, speech = np.quantile(loud, (0.05, 0.95))
+    above = loud > quiet + 0.25 * (speech - quiet)
+    begun = np.flatnonzero(above[:-2] & above[1:-1] & above[2:])
+    return float(begun[0]) * window_s / frames if len(begun) else 0.0

@@ -7,7 +7,7 @@ from transformers.models.whisper.generation_whisper import _dynamic_time_warping
 
 from engine_proc.speech.align import Alignment, median, path_times, warp
 from engine_proc.speech.segments import Stretch, compression_ratio, stretches
-from engine_proc.speech.words import Word, fit, group, timed
+from engine_proc.speech.words import Word, fit, group, onset, timed
 
 BEGIN = 1000
 
@@ -86,3 +86,11 @@ def test_segments_lie_between_timestamps_and_end_with_the_sound(ids: list[int], 
 def test_repetition_compresses_well() -> None:
     assert compression_ratio("so it goes " * 30) > 2.4 > compression_ratio("He was not an ill-disposed young man.")
     assert compression_ratio("") == 0.0
+
+
+def test_sound_begins_where_the_spectrogram_rises() -> None:
+    features = np.full((80, 3000), -0.9, np.float32)
+    features[:, 31:900] = 0.6
+    features[:, 12] = 0.6                                      # a click is no speech
+    assert onset(features, 10.0) == pytest.approx(0.31)
+    assert onset(np.zeros((80, 3000), np.float32), 10.0) == 0.0

@@ -118,6 +118,24 @@ def read(directory: Path) -> list[tuple[Path, str]]:
             if (path := directory / f"{name}.wav").is_file()]
 
 
+def reference(directory: str, clips: Sequence[tuple[Path, str]], language: str) -> list[str]:
+    """What transformers' Whisper makes of each clip: float32, greedy."""
+    import numpy as np
+    import torch
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+
+    model = WhisperForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    extract, tokenizer = WhisperFeatureExtractor.from_pretrained(directory), WhisperTokenizerFast.from_pretrained(directory)
+    asked = {"language": language, "task": "transcribe"} if model.generation_config.is_multilingual else {}
+    texts = []
+    for path, _ in clips:
+        with wave.open(str(path)) as clip:
+            sound = np.frombuffer(clip.readframes(clip.getnframes()), "<i2").astype(np.float32) / 32768
+        features = extract(sound, sampling_rate=RATE, return_tensors="pt").input_features
+        texts.append(tokenizer.batch_decode(model.generate(features, **asked), skip_special_tokens=True)[0].strip())
+    return texts
+
+
 def join(clips: Sequence[tuple[Path, str]], seconds: float, target: Path) -> str:
     """Write the clips one after another, again and again, with short pauses; what is said."""
     said, frames = [], 0
@@ -139,8 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--peer-python", required=True)
-    parser.add_argument("--peer-model", required=True)
+    parser.add_argument("--transformers", metavar="DIR", help="only compare texts with transformers on this checkpoint")
+    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-model")
     parser.add_argument("--compute-types", default="int8,float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600)
@@ -148,6 +167,13 @@ def main() -> None:
     parser.add_argument("--language", default="en")
     args = parser.parse_args()
     clips, server = read(args.clips), Server(args.url)
+    if args.transformers:
+        ours = server.run([path for path, _ in clips], args.language)["texts"]
+        for mine, other in zip(ours, reference(args.transformers, clips, args.language), strict=True):
+            print("equal:" if mine == other else f"{other!r} there, here:", mine)
+        return
+    if not (args.peer_python and args.peer_model):
+        parser.error("--peer-python and --peer-model, or --transformers, are needed")
     files = [clips[i % len(clips)][0] for i in range(AT_ONCE)]
     peers = [Peer(args.peer_python, args.peer_model, kind, args.threads) for kind in args.compute_types.split(",")]
     with tempfile.TemporaryDirectory() as directory:
@@ -164,8 +190,8 @@ def main() -> None:
                 errors = f", word errors {error_rate(runs[0]['texts'][0], truth):.2%}" if truth else ""
                 print(f"{name}: {who} {best[who]:.2f} s{errors}", flush=True)
             print(f"{name}: {best[rival] / best['ours']:.2f} times the speed of {rival}", flush=True)
-        ours = server.run([long], args.language, words=True)["words"][0]
-        apart = differences(ours, peers[0].run([long], args.language, words=True)["words"][0])
+        mine = server.run([long], args.language, words=True)["words"][0]
+        apart = differences(mine, peers[0].run([long], args.language, words=True)["words"][0])
         within = sum(seconds <= 0.2 for seconds in apart) / max(1, len(apart))
         print(f"word times: {within:.2%} within 0.2 s of {peers[0].name}, median {apart[len(apart) // 2]:.3f} s, "
               f"at most {apart[-1]:.3f} s")

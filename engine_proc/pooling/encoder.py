@@ -20,6 +20,7 @@ from engine_proc.weights import Weights
 
 BIAS_PADDING = 15                       # floats that the kernel may read behind a head's relative biases
 MAX_DISTANCE = 128                      # MPNet's buckets reach so far
+ROW_GAP = 16                            # floats between the rows of a buffer: rows must not share their cache sets
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class EncoderLayer:
 
 
 class Encoder:
-    """Implements `body.Body`."""
+    """Implements `body.Body`. What `forward` gives is overwritten by the next call."""
 
     padded = False
 
@@ -71,6 +72,7 @@ class Encoder:
         for number, layer in enumerate(arch.layers):
             progress(100 * number // len(arch.layers))
             self._layers.append(self._layer(layer, number))
+        self._buffers: dict[str, torch.Tensor] = {}          # grow to the largest batch seen
         self._final_norm = self._norm("final_norm", arch.hidden) if "final_norm" in arch.names else None
 
     # ---- loading -------------------------------------------------------------------------------------------------
@@ -140,37 +142,41 @@ class Encoder:
 
     @torch.inference_mode()
     def forward(self, packed: Packed) -> torch.Tensor:
-        arch, kernels = self.arch, self._kernels
-        starts, places = torch.from_numpy(packed.starts), packed.places
-        x = self._embed(packed, places)
+        arch = self.arch
+        starts, places, count = torch.from_numpy(packed.starts), packed.places, len(packed.ids)
+        x, normed = self._embed(packed, places), self._buffer("normed", count, arch.hidden)
+        added, inner = self._buffer("added", count, arch.hidden), self._buffer("inner", count, arch.mlp)
         positions = torch.from_numpy(places.astype(np.int32)) if self._ropes else None
-        delta: torch.Tensor | None = None                    # what is still to be added to x (norms ahead)
-        for layer in self._layers:
-            h = x
-            if arch.prenorm and layer.attn_norm is not None:
-                h = self._normed(x, layer.attn_norm, delta, torch.empty_like(x))
-            elif arch.prenorm and delta is not None:
-                h = x.add_(delta)
-            delta = layer.o(self._attend(layer, h, starts, positions))
-            if arch.prenorm:
-                h = self._normed(x, layer.mlp_norm, delta, torch.empty_like(x))
-                delta = layer.down(layer.up(h))
-            else:
+        for number, layer in enumerate(self._layers):
+            if not arch.prenorm:
                 assert layer.attn_norm is not None
-                self._normed(x, layer.attn_norm, delta, x)
-                self._normed(x, layer.mlp_norm, layer.down(layer.up(x)), x)
+                layer.o(self._attend(layer, x, starts, positions), added)
+                self._normed(x, layer.attn_norm, added, x)
+                self._normed(x, layer.mlp_norm, layer.down(layer.up(x, inner), added), x)
+                continue
+            before = added if number else None               # of the layer before, not yet part of x
+            h = x if layer.attn_norm is None else self._normed(x, layer.attn_norm, before, normed)
+            layer.o(self._attend(layer, h, starts, positions), added)
+            layer.down(layer.up(self._normed(x, layer.mlp_norm, added, normed), inner), added)
         if arch.prenorm:
-            assert delta is not None
-            x.add_(delta)
-        return x if self._final_norm is None else kernels.layer_norm(
-            x, self._final_norm.weight, self._final_norm.bias, arch.eps, out=x)
+            assert self._final_norm is not None
+            self._normed(x, self._final_norm, added, x)
+        return x
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """float32 [rows, width] of memory that is kept: fresh pages cost more than what is computed into them."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < rows:
+            buffer = self._buffers[name] = self._kernels.empty((rows, width + ROW_GAP), torch.float32)
+        return buffer[:rows, :width]
 
     def _normed(self, x: torch.Tensor, norm: Norm, add: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
         return self._kernels.layer_norm(x, norm.weight, norm.bias, self.arch.eps, add=add, out=out)
 
     def _embed(self, packed: Packed, places: np.ndarray) -> torch.Tensor:
         arch = self.arch
-        x = self._word[torch.from_numpy(packed.ids)].float()
+        x = self._buffer("embedded", len(packed.ids), arch.embedding_width)
+        x.copy_(self._word[torch.from_numpy(packed.ids)])
         if self._type is not None:
             x += self._type[torch.from_numpy(packed.type_ids)]
         if self._position is not None:
@@ -178,20 +184,20 @@ class Encoder:
             if arch.pad_id >= 0:
                 rows = _behind_padding(packed, rows, arch)
             x += self._position[torch.from_numpy(rows)]
-        norm = self._embed_norm
-        self._kernels.layer_norm(x, norm.weight, norm.bias, arch.eps, out=x)
-        return x if self._projection is None else self._projection(x)
+        self._normed(x, self._embed_norm, None, x)
+        return x if self._projection is None else self._projection(x, self._buffer("x", len(x), arch.hidden))
 
     def _attend(self, layer: EncoderLayer, h: torch.Tensor, starts: torch.Tensor,
                 positions: torch.Tensor | None) -> torch.Tensor:
         arch = self.arch
-        q, k, v = layer.qkv(h).split(arch.hidden, dim=1)
+        qkv = layer.qkv(h, self._buffer("qkv", len(h), 3 * arch.hidden))
+        q, k, v = qkv.split(arch.hidden, dim=1)
         if layer.spec.rope is not None and positions is not None:
             cos, sin = self._ropes[layer.spec.rope]
             self._kernels.rope_cache(q, k, v, cos, sin, positions, self._rope_shape, self._rope_shape, None)
         return self._kernels.packed_attention(
             q, k, v, starts, arch.head_dim, scale=arch.head_dim ** -0.5, window=layer.spec.window, bias=self._bias,
-            span=self._span)
+            span=self._span, out=self._buffer("attended", len(h), arch.hidden))
 
 
 def _behind_padding(packed: Packed, rows: np.ndarray, arch: EncoderArch) -> np.ndarray:

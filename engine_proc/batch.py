@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from engine_proc.attention import AttentionBatch
 from engine_proc.decoder import ModelBatch
@@ -48,6 +49,7 @@ class BatchBuilder:
         tables = self._tables[:size, :width]
         tables[:] = 0
         row = num_decodes = 0
+        given = False
         for number, item in enumerate(items):
             seq, end = item.seq, item.start + item.count
             assert end <= len(seq.tokens) and end <= len(seq.block_table) * self.block_size
@@ -56,12 +58,14 @@ class BatchBuilder:
                 num_decodes += num_decodes == number
             else:
                 ids[row:row + item.count] = seq.tokens[item.start:end]
+            given |= seq.embeds is not None
             query_start[number] = row
             context_len[number] = end
             used = -(-end // self.block_size)
             tables[number, :used] = seq.block_table[:used]
             row += item.count
         query_start[size] = row
+        embeds = self._take_embeds(items, ids, query_start) if given else None
         owner = np.arange(size)
         if total == size:                       # nothing but single tokens
             np.subtract(context_len, 1, out=positions, casting="unsafe")
@@ -75,10 +79,11 @@ class BatchBuilder:
         attention = AttentionBatch(
             query_start=tensor(query_start), context_len=tensor(context_len), block_tables=tensor(tables),
             slots=tensor(slots), num_decodes=num_decodes, host_query_start=query_start, host_context_len=context_len)
-        return self._wanted(items, ids, positions, query_start, attention)
+        model = ModelBatch(ids=tensor(ids), positions=tensor(positions), rows=tensor(ids[:0]), attention=attention,
+                           embeds=embeds)
+        return self._wanted(items, model, query_start)
 
-    def _wanted(self, items: list[PlanItem], ids: np.ndarray, positions: np.ndarray, query_start: np.ndarray,
-                attention: AttentionBatch) -> StepBatch:
+    def _wanted(self, items: list[PlanItem], model: ModelBatch, query_start: np.ndarray) -> StepBatch:
         sampled = [number for number, item in enumerate(items) if item.sample]
         rows = [query_start[1:][sampled].astype(np.int64) - 1]
         scored: list[tuple[int, int, int]] = []
@@ -93,15 +98,26 @@ class BatchBuilder:
                 first += count
                 rows.append(np.arange(count) + int(query_start[number]))
                 targets.append(np.array(item.seq.tokens[item.start + 1:item.start + 1 + count], np.int64))
-        tensor = self.device.tensor
+        model.rows = self.device.tensor(np.concatenate(rows))
         return StepBatch(
-            model=ModelBatch(ids=tensor(ids), positions=tensor(positions), rows=tensor(np.concatenate(rows)),
-                             attention=attention),
-            sampled=sampled, scored=scored,
+            model=model, sampled=sampled, scored=scored,
             slots=np.array([items[number].seq.slot for number in sampled], np.int64),
             position=np.array([items[number].start + items[number].count - items[number].seq.num_prompt
                                for number in sampled], np.int64),
             targets=np.concatenate(targets) if targets else np.zeros(0, np.int64))
+
+    def _take_embeds(self, items: list[PlanItem], ids: np.ndarray, query_start: np.ndarray) -> torch.Tensor | None:
+        """Rows that requests brought, where the step computes some: float32 [T, hidden]; their ids become -1."""
+        rows: np.ndarray | None = None
+        for number, item in enumerate(items):
+            given = item.seq.embeds
+            if given is not None and item.start < len(given):
+                if rows is None:
+                    rows = np.zeros((len(ids), given.shape[1]), np.float32)
+                first, some = int(query_start[number]), given[item.start:item.start + item.count]
+                rows[first:first + len(some)] = some
+                ids[first:first + len(some)] = -1
+        return None if rows is None else self.device.tensor(rows)
 
     def _reserve(self, tokens: int, seqs: int, blocks: int) -> None:
         if tokens > self._tokens.shape[1]:

@@ -25,6 +25,7 @@ class ModelBatch:
     positions: torch.Tensor         # int64 [T]
     rows: torch.Tensor              # int64 [R]: rows whose hidden states are wanted
     attention: AttentionBatch
+    embeds: torch.Tensor | None = None      # float32 [T, hidden]: taken as they are where an id is negative
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,14 +55,16 @@ class Decoder:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         # Gemma rounds its scale to the dtype of the weights.
         self.embed_scale = float(torch.tensor(arch.embed_scale).to(embedding.dtype))
-        self.vocab_size = arch.vocab
+        self.vocab_size, self.hidden_size = arch.vocab, arch.hidden
 
     def forward(self, batch: ModelBatch, cache: PagedAttention) -> torch.Tensor:
         """Hidden states of `batch.rows` after the last norm, [R, hidden]; K and V of all tokens are in the cache."""
         ops, scale = self.ops, self.arch.residual_scale
-        x = self.embedding[batch.ids]
+        x = self.embedding[batch.ids if batch.embeds is None else batch.ids.clamp_min(0)]
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
+        if batch.embeds is not None:
+            x = torch.where(batch.ids[:, None] < 0, self.arch.given_scale * batch.embeds, x).to(x.dtype)
         h = x if self.layers[0].attn_norm is None else ops.norm(x, self.layers[0].attn_norm)
         for number, layer in enumerate(self.layers):
             delta = self._attention(number, layer, h, batch, cache)

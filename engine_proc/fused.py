@@ -69,6 +69,7 @@ class FusedDecoder:
     def __init__(self, net: Decoder, cache: PagedAttention) -> None:
         assert isinstance(net.ops, KernelOps)
         arch = net.arch
+        self.hidden_size = arch.hidden
         self.vocab_size, self._arch, self._cache, self._head = net.vocab_size, arch, cache, _packed(net.head)
         specs, self._kernels = net.layers[0].spec, net.ops.kernels
         self._decoder = self._kernels.decoder(DecoderModel(
@@ -85,7 +86,8 @@ class FusedDecoder:
         _, hidden = self._decoder(StepInput(
             ids=batch.ids.int(), positions=batch.positions.int(), slots=attention.slots.int(),
             block_tables=attention.block_tables, query_starts=attention.query_start,
-            context_lens=attention.context_len, out_rows=batch.rows.int()), logits=False, hidden=True)
+            context_lens=attention.context_len, out_rows=batch.rows.int(),
+            embeds=None if batch.embeds is None else batch.embeds * self._arch.given_scale), logits=False, hidden=True)
         assert hidden is not None
         return hidden
 

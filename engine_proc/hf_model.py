@@ -63,18 +63,24 @@ class HfModel:
         self._seen: dict[int, tuple[int, int]] = {}     # while probing: layer -> (kv heads, head dim)
         self._keeps = "logits_to_keep" in inspect.signature(self.net.forward).parameters
         self.device = device
-        self.vocab_size = 0
+        self.vocab_size, self.hidden_size = 0, int(self.text_config.hidden_size)
 
     def forward(self, batch: ModelBatch, cache: PagedAttention) -> torch.Tensor:
         """Logits of the wanted rows, [R, vocab]; `logits` has nothing left to do."""
         self._batch, self._cache = batch.attention, cache
         try:
             keep = {"logits_to_keep": batch.rows} if self._keeps else {}
-            out = self.net(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
-                           **keep).logits[0]
+            out = self.net(**self._input(batch), position_ids=batch.positions[None], use_cache=False, **keep).logits[0]
         finally:
             self._batch = self._cache = None
         return out if self._keeps else out[batch.rows]
+
+    def _input(self, batch: ModelBatch) -> dict[str, torch.Tensor]:
+        """Ids, or embeddings where some of them are given."""
+        if batch.embeds is None:
+            return {"input_ids": batch.ids[None]}
+        x = self.net.get_input_embeddings()(batch.ids.clamp_min(0))
+        return {"inputs_embeds": torch.where(batch.ids[:, None] < 0, batch.embeds.to(x.dtype), x)[None]}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32, of memory of its own."""

@@ -26,7 +26,7 @@ import numpy as np
 from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from pipeline.config import EngineConfig
-from pipeline.errors import StartError
+from pipeline.errors import StartError, unsupported
 from pipeline.exits import CONFIG
 from pipeline.messages import Logprobs
 
@@ -100,6 +100,8 @@ class NullRunner:
         self._sampled: dict[int, list[int]] = {}      # rid -> ids sampled here that the sequence may not show yet
 
     def admit(self, seq: Sequence) -> None:
+        if seq.embeds is not None:
+            raise unsupported("prompt_embeds")        # there is no model that could read them
         self._sampled[seq.rid] = []
 
     def release(self, seq: Sequence) -> None:

@@ -96,7 +96,8 @@ class Outputs:
                 return                                          # nothing new for it; the census tells its frontend
             seq.opened = True
             whole = seq.detok.echo or seq.sampling.prompt_logprobs is not None
-            prompt = seq.tokens[0 if whole else max(0, num_prompt - LEFT_CONTEXT):num_prompt]
+            first = num_prompt if seq.embeds is not None else 0 if whole else max(0, num_prompt - LEFT_CONTEXT)
+            prompt = seq.tokens[first:num_prompt]
             history = seq.tokens[num_prompt:num_prompt + seq.num_history]
             box.opens.append(Open(seq.rid, seq.detok, prompt.tobytes(), history.tobytes()))
             usage = usage_of(seq)

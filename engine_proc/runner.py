@@ -21,6 +21,7 @@ from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
 from pipeline.config import EngineConfig
+from pipeline.errors import invalid
 from pipeline.messages import Logprobs
 
 SCORED_ROWS = 64            # prompt rows whose logits are held at once
@@ -30,6 +31,7 @@ class Model(Protocol):
     """A causal language model over packed batches."""
 
     vocab_size: int
+    hidden_size: int                # width of the embeddings
 
     def forward(self, batch: ModelBatch, cache: PagedAttention) -> torch.Tensor:
         """One row of state per wanted row."""
@@ -66,7 +68,11 @@ class ModelRunner:
                                      -(-max_model_len // config.block_size))
 
     def admit(self, seq: Sequence) -> None:
-        """Give `seq` a sampler slot; QuartetError when one of its ids is outside of the vocabulary."""
+        """Give `seq` a sampler slot; QuartetError when one of its ids is outside of the vocabulary, or its embeddings are
+        not the model's."""
+        width = self.model.hidden_size
+        if seq.embeds is not None and seq.embeds.shape[1] != width:
+            raise invalid(f"'prompt_embeds' must have {width} columns, the hidden size of this model.", "prompt_embeds")
         self.slots.admit(seq)
 
     def release(self, seq: Sequence) -> None:

@@ -39,9 +39,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys((
         "audio", "chat_template_kwargs.chat_template", "chat_template_kwargs.tokenize",
         "ec_transfer_params", "grammar", "guided_decoding_backend", "json_schema", "kv_transfer_params",
-        "media_io_kwargs", "mm_processor_kwargs", "prompt_embeds", "regex", "structural_tag", "web_search_options"), ()),
+        "media_io_kwargs", "mm_processor_kwargs", "regex", "structural_tag", "web_search_options"), ()),
     "mm_payload": ("tensors",), "return_mm_kwargs": (True,), "return_token_offsets": (False,),
-    "function_call": ("none",), "functions": ([],),
+    "prompt_embeds": ([],), "return_prompt_text": (False,), "suffix": (), "function_call": ("none",), "functions": ([],),
     "include_reasoning": (True,), "logits_processors": ([],), "parallel_tool_calls": (True,), "modalities": (["text"],),
     "routed_experts_prompt_start": (0,), "tool_choice": ("none",), "tools": ([],),
     "verbosity": ("medium",), "vllm_xargs": ({},), "watermarking": (False,),

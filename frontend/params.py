@@ -11,8 +11,11 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from frontend.choose import check_length, choose, named
 from frontend.constraints import grammar_of
+from frontend.embeds import rows_of
 from frontend.fields import MAX_PROMPTS
 from frontend.request import Prompt, Spec
 from frontend.schema import TEXT_PARTS, ChatBody, CompletionBody, Message, Part, Sampling, Templated
@@ -81,14 +84,34 @@ def completion(body: CompletionBody, config: ServerConfig, now_ns: int) -> Ask:
     logprobs = _num_logprobs(body.logprobs, "logprobs", config, model)
     if max_tokens == 0 and not echo:
         raise invalid("'max_tokens' must be at least 1, or 0 together with 'echo'.", "max_tokens")
-    prompts = [Prompt(text=p) if isinstance(p, str) else Prompt(ids=_prompt_ids(p, model)) for p in body.prompt]
+    if body.prompt is None and not body.prompt_embeds:
+        raise QuartetError("invalid_request", "The parameter 'prompt' is required.", "prompt")
+    prompts = [Prompt(embeds=rows) for rows in _embeds(body, config, model)]
+    prompts += [Prompt(text=p) if isinstance(p, str) else Prompt(ids=_prompt_ids(p, model)) for p in body.prompt or ()]
     if body.suffix is not None:
         _add_suffix(body, prompts)
     spec = _spec(body, config, model, number, prompts, max_tokens, logprobs, True, now_ns)
+    if body.prompt_embeds:
+        spec.sampling.repetition_penalty = 1.0               # the model's own default looks at the prompt, too
     spec.detok.echo = echo
     if echo and logprobs is not None and body.prompt_logprobs is None:
         spec.sampling.prompt_logprobs, spec.want_prompt_ids = logprobs, True
     return _ask(body, spec, config, model, max_tokens, logprobs)
+
+
+def _embeds(body: CompletionBody, config: ServerConfig, model: ModelConfig) -> list[np.ndarray]:
+    if not body.prompt_embeds:
+        return []
+    if not config.http.prompt_embeds:
+        raise QuartetError("unsupported_parameter", "The parameter 'prompt_embeds' is only taken by a server that was "
+                                                    "started with --enable-prompt-embeds.", "prompt_embeds")
+    for name in ("echo", "suffix", "truncate_prompt_tokens", "prompt_logprobs"):
+        if getattr(body, name) not in (None, False):
+            raise invalid(f"'prompt_embeds' cannot be used together with '{name}': it has no tokens.", name)
+    if body.repetition_penalty not in (None, 1):
+        raise invalid("'repetition_penalty' looks at the prompt's tokens, and 'prompt_embeds' has none.",
+                      "repetition_penalty")
+    return [rows_of(embeds, model.max_model_len) for embeds in body.prompt_embeds]
 
 
 def _add_suffix(body: CompletionBody, prompts: list[Prompt]) -> None:

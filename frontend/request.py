@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from frontend.admission import Permit
 from frontend.collector import Buffer, Update
 from pipeline.errors import QuartetError
@@ -25,6 +27,7 @@ class Prompt:
     suffix: str | None = None                # what follows the answer: fill-in-the-middle
     chat: Chat | None = None
     ids: bytes = b""                         # uint32
+    embeds: np.ndarray | None = None         # [tokens, hidden]; `ids` are zeros then
     admitted: bool = False                   # `ids` are what the engine computes with
     prompt_tokens: int = 0                   # 0: not known yet
     cached_tokens: int = 0                   # of them found in the prefix cache at first scheduling
@@ -37,6 +40,8 @@ class Prompt:
     @property
     def num_bytes(self) -> int:
         """What a tokenizer has to do for it."""
+        if self.embeds is not None:
+            return self.embeds.nbytes
         if self.text is not None:
             return len(self.text) + len(self.suffix or "")
         return len(self.chat.messages_json) if self.chat is not None else len(self.ids)
@@ -136,7 +141,8 @@ class Submission:
             text=prompt.text, chat=prompt.chat, ids=prompt.ids, history=history.tobytes(),
             add_special=spec.add_special, truncate=None if prompt.admitted else spec.truncate, sampling=sampling,
             detok=detok, deadline_ns=spec.deadline_ns, priority=spec.priority, salt=spec.salt, alone=self.alone,
-            truncate_right=spec.truncate_right, suffix=None if prompt.admitted else prompt.suffix)
+            truncate_right=spec.truncate_right, suffix=None if prompt.admitted else prompt.suffix,
+            embeds=prompt.embeds)
 
 
 class Request:

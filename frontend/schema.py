@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from frontend.constraints import Constrained
+from frontend.embeds import Embeds
 from frontend.fields import (
     MAX_PROMPTS,
     AllowedIds,
@@ -73,6 +74,10 @@ _PROMPT_SCHEMA = {"anyOf": [
 Prompts = Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -127,7 +132,11 @@ class Sampling(Constrained):
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    prompt: Prompts
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"prompt_embeds", "suffix"})
+
+    prompt: Prompts | None = None
+    prompt_embeds: Annotated[list[Embeds], BeforeValidator(_as_list), Field(max_length=MAX_PROMPTS)] | None = Field(
+        None, description="prompts as embeddings, where the server was started with --enable-prompt-embeds")
     suffix: str | None = Field(None, description="only where the model fills in the middle")
     logprobs: Logprobs | None = None
 
@@ -169,7 +178,8 @@ class Templated(Body):
 class ChatBody(Templated, Sampling):
     """POST /v1/chat/completions."""
 
-    HONOURS: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "include_reasoning"})
+    HONOURS: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "include_reasoning",
+                                                  "return_prompt_text"})
 
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None

@@ -56,7 +56,7 @@ def usage_of(request: Request) -> dict[str, Any]:
 
 def prompt_ids(prompt: Prompt) -> list[int] | None:
     """What the engine computed with; None where it never said."""
-    return list(unpack_ids(prompt.ids)) if prompt.admitted else None
+    return list(unpack_ids(prompt.ids)) if prompt.admitted and prompt.embeds is None else None
 
 
 def prompt_logprobs(prompt: Prompt) -> tuple[Logprobs, Sequence[int]] | None:

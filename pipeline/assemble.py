@@ -239,7 +239,7 @@ def server_config(settings: Settings, models: Sequence[ModelConfig], *, run_dir:
             api_key_file=_absolute(settings["api_key_file"]),
             metrics_need_key=settings["metrics_need_key"], allowed_hosts=settings["allowed_hosts"],
             max_body_bytes=settings["max_request_bytes"], max_logprobs=settings["max_logprobs"],
-            stream_interval=settings["stream_interval"],
+            prompt_embeds=settings["enable_prompt_embeds"], stream_interval=settings["stream_interval"],
             enable_docs=not settings["disable_docs"], request_timeout_s=settings["request_timeout"],
             keep_alive_s=settings["keep_alive_interval"] or NEVER_S, slow_client_s=settings["slow_client_timeout"],
             root_path=settings["root_path"], max_header_bytes=settings["max_header_bytes"],

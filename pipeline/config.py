@@ -116,6 +116,7 @@ class HttpConfig:
     allowed_hosts: tuple[str, ...] = ()      # further Host names accepted on loopback
     max_body_bytes: int = 32 * 2**20
     max_logprobs: int = 20                   # -1: the vocabulary
+    prompt_embeds: bool = False              # requests may bring embeddings in place of tokens
     stream_interval: int = 1                 # least tokens of one streamed chunk, the first and last excepted
     enable_docs: bool = True
     request_timeout_s: float = 3600.0        # deadline of a request

@@ -148,6 +148,7 @@ class Add:
     priority: i64
     salt: bytes                         # separates prefix caches
     alone: bool = False                 # run with no neighbour: its engine died under it twice
+    embeds: np.ndarray | None = None    # [prompt, hidden]: the prompt is these rows; `ids` are zeros then
 
 
 @dataclass(slots=True)
@@ -342,6 +343,7 @@ class Submit:
     alone: bool = False
     truncate_right: bool = False        # cut the end of the prompt, not its beginning
     suffix: str | None = None           # fill-in-the-middle: `text` is what comes before the answer, this what follows
+    embeds: np.ndarray | None = None    # [tokens, hidden]: the prompt, in place of a text, a chat or ids
 
 
 @dataclass(slots=True)

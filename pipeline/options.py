@@ -165,6 +165,8 @@ OPTIONS: tuple[Option, ...] = (
                 + ", ".join(families.REASONINGS)),
     Option(name="trust-request-chat-template", group=MODEL, flag=True, default=False, server_wide=True,
            help="requests may bring a chat template of their own"),
+    Option(name="enable-prompt-embeds", group=MODEL, flag=True, default=False,
+           help="completions may bring embeddings as numbers in base64 in place of a prompt"),
     Option(name="generation-config", group=MODEL, default="auto", metavar="auto|vllm|DIR",
            help="where sampling defaults come from: the model, nowhere (vllm), or a directory"),
     Option(name="override-generation-config", group=MODEL, parse=values.json_object, metavar="JSON",

@@ -36,7 +36,9 @@ class PromptMaker:
         param = "messages" if submit.chat is not None else "prompt"
         keep = submit.truncate if submit.truncate is None or submit.truncate >= 0 else model.max_model_len - 1
         try:
-            if submit.chat is None and submit.text is None:
+            if submit.embeds is not None:
+                param, ids = "prompt_embeds", array("I", bytes(4 * len(submit.embeds)))
+            elif submit.chat is None and submit.text is None:
                 ids = unpack_ids(submit.ids)
                 model.check_ids(ids, param)
             elif submit.suffix is not None:

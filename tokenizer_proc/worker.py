@@ -280,8 +280,8 @@ class TokenizerWorker:
                                    work.detok.reasoning_parser)
                 sampling = dataclasses.replace(sampling, grammar=grammar)
             add = Add(work.rid, work.route, work.n, work.choice, ids, work.history, sampling, work.detok,
-                      work.deadline_ns, work.priority, work.salt, work.alone)
-            size = len(ids) + len(work.history) + 200 + (len(sampling.grammar.text) if sampling.grammar else 0)
+                      work.deadline_ns, work.priority, work.salt, work.alone, work.embeds)
+            size = len(ids) + len(work.history) + 200 + _extras(work)
             return Address(Kind.ENGINE, work.route.engine), Adds([add]), size
         model, to = self._models.get(work.model), Address(Kind.FRONTEND, frontend_index(work.rid))
         if isinstance(work, TokenizeQuery):
@@ -377,10 +377,16 @@ def _size(work: Work) -> int:
     if work.chat is not None:
         size += _chat_size(work.chat)
     if isinstance(work, Submit):
-        size += len(work.ids) + len(work.history) + (len(work.sampling.grammar.text) if work.sampling.grammar else 0)
+        size += len(work.ids) + len(work.history) + _extras(work)
     return size
 
 
 def _chat_size(chat: Chat) -> int:
     return (len(chat.messages_json) + len(chat.tools_json) + len(chat.kwargs_json) + len(chat.documents_json)
             + len(chat.template or ""))
+
+
+def _extras(work: Submit) -> int:
+    """Bytes of what may be large beside the prompt: a grammar, embeddings."""
+    grammar, embeds = work.sampling.grammar, work.embeds
+    return (len(grammar.text) if grammar is not None else 0) + (embeds.nbytes if embeds is not None else 0)

@@ -5,9 +5,11 @@ Engine process, no torch. Checks again what only the engine can know (vocabulary
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -171,8 +173,18 @@ def _check_rules(sampling: SamplingParams, vocab_size: int) -> None:
         raise invalid(f"Beam search takes 1 to {MAX_BEAMS} beams and a finite 'length_penalty'.", "use_beam_search")
 
 
+def with_embeds(add: Add, rows: np.ndarray) -> Add:
+    """`add` with its prompt's rows as float32 (uint16 are the bits of bfloat16) and apart from others in the cache."""
+    contents = blake2b(repr((rows.dtype.str, rows.shape)).encode(), digest_size=16)
+    contents.update(np.ascontiguousarray(rows).data)
+    rows = (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
+    return dataclasses.replace(add, embeds=rows, salt=add.salt + contents.digest())
+
+
 def sequences(add: Add, children: Iterable[int], limits: Limits, arrival: int, now: int) -> list[Sequence]:
     """The sequences of a checked Add: `children` of it, the first one leading the others to its prompt's blocks."""
+    if add.embeds is not None:
+        add = with_embeds(add, add.embeds)
     sampling = add.sampling
     stops = frozenset(unpack_ids(sampling.stop_ids))
     if not sampling.ignore_eos:

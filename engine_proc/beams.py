@@ -137,7 +137,7 @@ class BeamSearch:
             rid=self._new_rid(), route=first.route, choice=0, tokens=tokens, num_prompt=first.num_prompt,
             sampling=sampling, detok=first.detok, max_total=len(tokens) + 1, priority=first.priority, salt=first.salt,
             alone=first.alone, arrival=self._arrival + number, leader=parent, stops=first.stops, eos_id=first.eos_id,
-            search=self, arrived_ns=first.arrived_ns,
+            search=self, embeds=first.embeds, arrived_ns=first.arrived_ns,
             block_hashes=[] if parent is None else list(parent.block_hashes))
 
     def collected(self, seq: Sequence, result: ItemResult) -> list[Sequence]:

@@ -27,6 +27,7 @@ from pipeline.messages import (
     Usage,
     pack_rids,
 )
+from pipeline.params import MAX_LOGPROBS
 from pipeline.transport import Address, Sender
 
 LEFT_CONTEXT = 8                 # prompt ids that a detokenizer needs to begin a text rightly
@@ -166,10 +167,12 @@ class Outputs:
 
     def _send(self, box: Box) -> bool:
         send, to = self._sender.send, box.to
-        if box.opens or box.items:
-            if not send(to, StepOut(self._index, self._epoch, box.epoch, box.opens, list(box.items.values()))):
+        for items in _parts(list(box.items.values())) if box.opens or box.items else ():
+            if not send(to, StepOut(self._index, self._epoch, box.epoch, box.opens, items)):
                 return False
-            box.opens, box.items = [], {}
+            box.opens = []
+            for out in items:
+                del box.items[out.rid]
         if box.admitted:
             if not send(to, Admitted(self._index, self._epoch, box.admitted)):
                 return False
@@ -214,6 +217,20 @@ def whole_prompt(parts: list[Logprobs], k: int) -> Logprobs:
     """A prompt's logprobs: no values (NaN, rank 0) for its first token, then those of its chunks."""
     first = Logprobs(k, NAN, bytes(4), bytes(4 * k), NAN * k)
     return joined([first, *parts])
+
+
+def _parts(items: list[TokenOut]) -> list[list[TokenOut]]:
+    """The items as messages: one, unless so many log-probabilities are in them that it would be too large."""
+    if not any(out.logprobs is not None and out.logprobs.k > MAX_LOGPROBS for out in items):
+        return [items]
+    parts, size = [list[TokenOut]()], 0
+    for out in items:
+        if size > MAX_PENDING_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(out)
+        size += _size(out.logprobs) + _size(out.prompt_logprobs)
+    return parts
 
 
 def _size(logprobs: Logprobs | None) -> int:

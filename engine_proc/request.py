@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,16 +19,6 @@ from pipeline.params import DetokSpec, SamplingParams
 
 if TYPE_CHECKING:
     from engine_proc.beams import BeamSearch
-
-
-def as_float32(rows: np.ndarray) -> np.ndarray:
-    """Rows as float32; uint16 are the bits of bfloat16."""
-    return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows.astype(np.float32)
-
-
-def digest(rows: np.ndarray) -> bytes:
-    """What keeps prompts of different rows apart in the prefix cache."""
-    return blake2b(rows.tobytes() + repr(rows.shape).encode() + rows.dtype.str.encode(), digest_size=16).digest()
 
 
 @dataclass(slots=True, eq=False)
@@ -123,11 +112,9 @@ class Sequence:
         tokens.frombytes(add.ids)
         num_prompt = len(tokens)
         tokens.frombytes(add.history)
-        embeds = add.embeds
         return cls(
             rid=add.rid + j, route=add.route, choice=add.choice + j, tokens=tokens, num_prompt=num_prompt,
             sampling=add.sampling, detok=add.detok, deadline_ns=add.deadline_ns, priority=add.priority,
-            salt=add.salt if embeds is None else add.salt + digest(embeds), alone=add.alone, arrival=arrival,
+            salt=add.salt, alone=add.alone, arrival=arrival, embeds=add.embeds,
             num_history=len(tokens) - num_prompt, num_sent=len(tokens) - num_prompt,
-            embeds=None if embeds is None else as_float32(embeds),
             max_total=min(max_model_len, num_prompt + add.sampling.max_tokens))

@@ -257,11 +257,13 @@ def _spec(body: Sampling, config: ServerConfig, model: ModelConfig, number: int,
 def _num_logprobs(value: int | None, param: str, config: ServerConfig, model: ModelConfig) -> int | None:
     """A number of log-probabilities within the server's limit; -1 is the vocabulary."""
     limit = config.http.max_logprobs
+    if value is None:
+        return None
     if value == -1 or limit == -1:
         if not model.vocab_size:
             raise invalid(f"'{param}' cannot be -1: the size of this model's vocabulary is not known.", param)
         value, limit = (model.vocab_size if value == -1 else value), (model.vocab_size if limit == -1 else limit)
-    if value is not None and value > limit:
+    if value > limit:
         raise invalid(f"'{param}' may be at most {limit}.", param)
     return value
 

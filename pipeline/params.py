@@ -20,7 +20,7 @@ MAX_BAD_WORD_CHARS = 256
 MAX_LOGPROB_IDS = 128
 MAX_PATTERN = 1024               # ids of a pattern that repetition_detection looks for
 MAX_BEAMS = 64
-MAX_LOGPROB_CELLS = 2**22        # log-probabilities of one answer, where more than MAX_LOGPROBS per token are asked for
+MAX_LOGPROB_CELLS = 2**21        # log-probabilities of one answer, where more than MAX_LOGPROBS per token are asked for
 GREEDY_BELOW = 1e-5
 
 

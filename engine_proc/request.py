@@ -72,15 +72,6 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether tokens before the last are still to be computed."""
-        return self.num_computed < len(self.tokens) - 1
-
-    @property
-    def finished(self) -> bool:
-        return self.finish is not Finish.RUNNING
-
-    @property
     def unscored(self) -> bool:
         """Whether prompt logprobs are wanted of positions that have not been computed with their logits kept."""
         return self.sampling.prompt_logprobs is not None and self.num_prompt_scored + 1 < self.num_prompt

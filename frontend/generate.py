@@ -19,6 +19,7 @@ from frontend.admission import estimate_tokens
 from frontend.bodies import parse_object, validate
 from frontend.call import Call
 from frontend.ingress import Ingress, json_response
+from frontend.load_report import LOAD_ASKED, LOAD_GIVEN, load_report
 from frontend.params import Ask
 from frontend.request import Request
 from frontend.request_log import RequestLog
@@ -115,7 +116,11 @@ class Generate:
                 return None
             body = job.body(ask, request, identity)
             self._log.answered(call.request_id, body)
-            return json_response(body)
+            response = json_response(body)
+            report = load_report(frontend.stages, spec.model, call.http.headers.getone(LOAD_ASKED, ""))
+            if report is not None:
+                response.headers[LOAD_GIVEN] = report
+            return response
         finally:
             frontend.table.close(request, AbortReason.CLIENT_GONE if stream is None else stream.reason)
             _describe(call, request)

@@ -11,14 +11,14 @@ from sanic.response import HTTPResponse
 
 from frontend.bodies import parse_object
 from frontend.call import Call
+from frontend.choose import named
 from frontend.ingress import Ingress
-from frontend.params import find_model
 from pipeline.errors import QuartetError
 
 if TYPE_CHECKING:
     from frontend.server import Frontend
 
-# Fields that tell an endpoint by themselves, first match wins; then by what the model does.
+# Fields that tell an endpoint by themselves, first match wins; then by what the model does, or any model could do.
 BY_FIELDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("query", "documents"), "/rerank"), (("text_1", "text_2"), "/score"), (("queries", "documents"), "/score"),
     (("data_1", "data_2"), "/score"), (("prompt",), "/v1/completions"))
@@ -49,8 +49,7 @@ class Invocations:
                 return path
         if "messages" not in body and "input" not in body:
             return None
-        name = body.get("model")
-        task = self._frontend.config.models[find_model(self._frontend.config, name if isinstance(name, str) else None)].task
-        if "input" in body and task == "generate":
-            return None
-        return BY_TASK.get(task)
+        config, name = self._frontend.config, body.get("model")
+        asked = [config.models[named(config, name)]] if isinstance(name, str) and name else config.models
+        tasks = {model.task for model in asked} - ({"generate"} if "messages" not in body else set())
+        return next((path for task, path in BY_TASK.items() if task in tasks), None)

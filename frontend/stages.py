@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.beacon import FRESH_S, Heard
 from pipeline.config import DIRECT_TASKS, ServerConfig
-from pipeline.messages import Kind, Route, State
+from pipeline.messages import Kind, Load, Route, State
 
 Latest = Mapping[tuple[Kind, int], Heard]
 GONE_MARGIN_S = 30.0             # past hang_s: by then the launcher has replaced a stage, or given it up
@@ -67,6 +67,10 @@ class Stages:
 
     def engines_of(self, model: int) -> list[int]:
         return [index for index, number in enumerate(self._engine_model) if number == model]
+
+    def loads_of(self, model: int) -> list[Load]:
+        """What the model's engines told of their load last."""
+        return [heard.beacon.load for i in self.engines_of(model) if (heard := self._latest.get((Kind.ENGINE, i)))]
 
     def failed(self, model: int) -> bool:
         """Whether nothing will answer for this model until somebody acts."""

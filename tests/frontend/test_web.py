@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from frontend.certificate import Certificate
+from frontend.invocations import Invocations
 from pipeline.config import AccessLogConfig, CorsConfig, HttpConfig, ModelConfig, TlsConfig
 from pipeline.errors import StartError
+from pipeline.messages import Kind, Load
 from tests import certificates
 from tests.frontend.served import Served, served
 from tests.frontend.test_http import HELLO, assert_error, client
@@ -184,6 +186,17 @@ async def test_load_counts_the_requests_in_flight() -> None:
         assert (await c.get("/load")).json() == {"server_load": 0}
 
 
+@pytest.mark.parametrize(("form", "expected"), [
+    ("text", "TEXT named_metrics.kv_cache_usage_perc=0.25, named_metrics.num_requests_waiting=3"),
+    ("JSON", 'JSON {"named_metrics": {"kv_cache_usage_perc": 0.25, "num_requests_waiting": 3}}'), ("xml", None)])
+async def test_an_answer_reports_the_load_to_those_who_ask(form: str, expected: str | None) -> None:
+    async with served() as server, client(server) as c:
+        server.latest[Kind.ENGINE, 0].beacon.load = Load(waiting=3, kv_used=10, kv_total=40)
+        answer = await c.post("/v1/chat/completions", json=HELLO, headers={"endpoint-load-metrics-format": form})
+        assert answer.headers.get("endpoint-load-metrics") == expected
+        assert "endpoint-load-metrics" not in (await c.post("/v1/chat/completions", json=HELLO)).headers
+
+
 async def test_tokenizer_info_is_there_only_where_it_is_switched_on(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "T", "eos_token": "</s>", "chat_template": "own"}))
@@ -215,6 +228,19 @@ async def test_invocations_go_where_the_body_points() -> None:
             assert_error(await c.post("/invocations", json=body), 400, "invalid_request")
         assert_error(await c.post("/invocations", json={"prompt": "x", "temperature": 9}), 400, "invalid_value",
                      "temperature")
+
+
+async def test_invocations_follow_what_the_models_do() -> None:
+    models = tuple(ModelConfig(names=(task,), path="/nowhere", task=task, max_model_len=256, vocab_size=1000)
+                   for task in ("generate", "embed", "classify"))
+    async with served(models=models) as server:
+        route = Invocations(server.frontend, None)._route  # type: ignore[arg-type]
+        assert route({"messages": [], "model": "generate"}) == route({"messages": []}) == "/v1/chat/completions"
+        assert route({"input": "x"}) == route({"input": "x", "model": "embed"}) == "/v1/embeddings"
+        assert route({"messages": [], "model": "embed"}) == "/v1/embeddings"
+        assert route({"input": "x", "model": "classify"}) == "/classify"
+        assert route({"query": "x", "documents": []}) == "/rerank" and route({"text_1": "", "text_2": ""}) == "/score"
+        assert route({"input": "x", "model": "generate"}) is None
 
 
 # ---- defaults that the operator sets ----

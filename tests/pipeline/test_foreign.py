@@ -116,3 +116,8 @@ def test_our_own_templates_are_taken_by_name(name: str) -> None:
 def test_a_name_that_is_no_template_is_looked_for_as_a_file() -> None:
     with pytest.raises(StartError, match="cannot be read"):
         assemble.chat_template(resolve(["--chat-template", "chatmI"], {}))
+
+
+def test_the_documentation_lists_every_foreign_flag() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert [flag.name for flag in foreign.FOREIGN if f"| `--{flag.name}` |" not in page or flag.says not in page] == []

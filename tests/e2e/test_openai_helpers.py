@@ -43,7 +43,7 @@ NAMED = {"type": "function", "function": {"name": "GetWeather"}}
 
 def test_a_parsed_answer_is_a_model(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
-        model=MODEL, messages=ASK, response_format=Thing, temperature=0, max_tokens=60)
+        model=MODEL, messages=ASK, response_format=Thing, temperature=0, max_tokens=120)
     thing = answer.choices[0].message.parsed
     assert isinstance(thing, Thing) and thing.colour in Colour and 0 <= thing.count <= 9
     assert answer.choices[0].finish_reason == "stop" and answer.choices[0].message.refusal is None
@@ -56,7 +56,7 @@ def test_an_answer_that_is_cut_is_said_to_be(client: OpenAI) -> None:
 
 def test_a_stream_of_a_parsed_answer(client: OpenAI) -> None:
     with client.chat.completions.stream(
-            model=MODEL, messages=ASK, response_format=Thing, temperature=0, max_tokens=60) as stream:
+            model=MODEL, messages=ASK, response_format=Thing, temperature=0, max_tokens=120) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
     assert kinds.count("content.done") == 1 and kinds.count("content.delta") > 3
@@ -88,7 +88,8 @@ def test_a_streamed_tool_call_is_put_together_by_the_client(client: OpenAI) -> N
     tools = [openai.pydantic_function_tool(GetWeather)]
     state = ChatCompletionStreamState(input_tools=tools)
     for chunk in client.chat.completions.create(
-            model=MODEL, messages=WEATHER, tools=tools, tool_choice="required", temperature=0, max_tokens=60, stream=True):
+            model=MODEL, messages=WEATHER, tools=tools, tool_choice="required", temperature=0, max_tokens=60,
+            parallel_tool_calls=False, stream=True):
         state.handle_chunk(chunk)
     final = state.get_final_completion()
     calls = final.choices[0].message.tool_calls or []

@@ -21,7 +21,8 @@ from tests.packages import cache
 from tests.serving import Server, gguf
 
 SCRIPTS = Path(__file__).parent / "scripts"
-PYTHON_PACKAGES = ("langchain-openai>=1.0", "litellm>=1.80", "instructor>=1.13")
+# litellm imports mcp as soon as tools are in a request, and does not ask for it itself.
+PYTHON_PACKAGES = ("langchain-openai>=1.0", "litellm>=1.80", "mcp", "instructor>=1.13")
 NODE_PACKAGES = ("openai@^6", "ai@^6", "@ai-sdk/openai-compatible", "zod@^4")
 INSTALL_S = 900
 MODEL = "smollm2"

@@ -176,6 +176,8 @@ def main() -> None:
         parser.error("--peer-python and --peer-model, or --transformers, are needed")
     files = [clips[i % len(clips)][0] for i in range(AT_ONCE)]
     peers = [Peer(args.peer_python, args.peer_model, kind, args.threads) for kind in args.compute_types.split(",")]
+    for side in (server, *peers):                  # what is loaded or compiled at first use is not measured
+        side.run(files[:1], args.language)
     with tempfile.TemporaryDirectory() as directory:
         long = Path(directory) / "long.wav"
         said = join(clips, args.seconds, long)

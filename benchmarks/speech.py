@@ -20,7 +20,7 @@ import wave
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
@@ -28,6 +28,14 @@ RATE = 16_000
 GAP_S = 0.5
 AT_ONCE = 8
 PEER = Path(__file__).with_name("speech_peer.py")
+
+
+class Side(Protocol):
+    """Who transcribes: seconds, and texts and words of each file."""
+
+    name: str
+
+    def run(self, files: Sequence[Path], language: str, words: bool = False) -> dict[str, Any]: ...
 
 
 class Peer:
@@ -61,6 +69,8 @@ class Peer:
 
 class Server:
     """Our server."""
+
+    name = "ours"
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=600)
@@ -122,10 +132,10 @@ def reference(directory: str, clips: Sequence[tuple[Path, str]], language: str) 
     """What transformers' Whisper makes of each clip: float32, greedy."""
     import numpy as np
     import torch
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizerFast
+    from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     model = WhisperForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    extract, tokenizer = WhisperFeatureExtractor.from_pretrained(directory), WhisperTokenizerFast.from_pretrained(directory)
+    extract, tokenizer = WhisperFeatureExtractor.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
     asked = {"language": language, "task": "transcribe"} if model.generation_config.is_multilingual else {}
     texts = []
     for path, _ in clips:
@@ -138,7 +148,8 @@ def reference(directory: str, clips: Sequence[tuple[Path, str]], language: str) 
 
 def join(clips: Sequence[tuple[Path, str]], seconds: float, target: Path) -> str:
     """Write the clips one after another, again and again, with short pauses; what is said."""
-    said, frames = [], 0
+    said: list[str] = []
+    frames = 0
     with wave.open(str(target), "wb") as out:
         out.setnchannels(1)
         out.setsampwidth(2)
@@ -176,7 +187,8 @@ def main() -> None:
         parser.error("--peer-python and --peer-model, or --transformers, are needed")
     files = [clips[i % len(clips)][0] for i in range(AT_ONCE)]
     peers = [Peer(args.peer_python, args.peer_model, kind, args.threads) for kind in args.compute_types.split(",")]
-    for side in (server, *peers):                  # what is loaded or compiled at first use is not measured
+    sides: list[Side] = [server, *peers]
+    for side in sides:                             # what is loaded or compiled at first use is not measured
         side.run(files[:1], args.language)
     with tempfile.TemporaryDirectory() as directory:
         long = Path(directory) / "long.wav"
@@ -184,8 +196,8 @@ def main() -> None:
         for name, job, truth in (("eight clips at once", files, None), ("one long recording", [long], said)):
             results: dict[str, list[dict[str, Any]]] = {}
             for _ in range(args.rounds):
-                for who, side in (("ours", server), *((peer.name, peer) for peer in peers)):
-                    results.setdefault(who, []).append(side.run(job, args.language))  # type: ignore[attr-defined]
+                for side in sides:
+                    results.setdefault(side.name, []).append(side.run(job, args.language))
             best = {who: min(r["seconds"] for r in runs) for who, runs in results.items()}
             rival = min((who for who in best if who != "ours"), key=best.__getitem__)
             for who, runs in results.items():

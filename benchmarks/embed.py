@@ -1,7 +1,8 @@
 """Embeddings over HTTP, ours and the peers' in turn on the same machine, and the table of ratios.
 
 Throughput: `--callers` connections, each sending batches of 32 texts of 20 to 200 words. Latency: single short texts,
-one after another. sentence-transformers runs in a process of its own, without HTTP, at its best batch size.
+one after another. sentence-transformers runs in a process of its own, without HTTP, at its best batch size; its turns
+and ours alternate while the other side rests, so that a noisy machine is noisy for both.
 
     python -m benchmarks.embed --model DIR --dtype float32 --sentence-transformers /path/to/site-packages \
         --peer "../shared/peers/vllm-cpu serve /opt/vllm DIR {port} --runner pooling"
@@ -13,7 +14,6 @@ import base64
 import http.client
 import json
 import math
-import os
 import random
 import shlex
 import statistics
@@ -86,38 +86,61 @@ def measure(port: int, args: argparse.Namespace) -> dict[str, float]:
     singles(port, 5)
     load(port, 1, 1)
     taken = singles(port, args.singles)
-    return {"texts_s": statistics.median(load(port, args.callers, args.batches) for _ in range(args.repeat)),
-            "single_p50_ms": taken[len(taken) // 2], "single_p99_ms": taken[int(0.99 * (len(taken) - 1))]}
+    return _row([load(port, args.callers, args.batches) for _ in range(args.repeat)], taken)
 
 
 def in_process(args: argparse.Namespace) -> None:
-    """The side of sentence-transformers: run by `main` in a process of its own; prints figures as JSON."""
+    """The side of sentence-transformers: a process that computes one turn for each line it reads."""
     sys.path.append(args.sentence_transformers)
     import torch
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(args.model, device="cpu", local_files_only=True,
                                 model_kwargs={"dtype": getattr(torch, args.dtype)})
-    some = texts(0, args.batches * BATCH * 2)
-    rates = {}
-    for size in BATCH_SIZES:
-        model.encode(some[:size], batch_size=size)
-        taken = []
-        for _ in range(args.repeat):
-            start = time.perf_counter()
-            model.encode(some, batch_size=size)
-            taken.append(len(some) / (time.perf_counter() - start))
-        rates[size] = statistics.median(taken)
-    rng, taken = random.Random(7), []
-    for _ in range(args.singles):
-        text, start = prompt(rng, 8), time.perf_counter()
-        model.encode([text])
-        taken.append(1e3 * (time.perf_counter() - start))
-    taken.sort()
+    some, rng = texts(0, args.batches * BATCH * 2), random.Random(7)
+
+    def rate(size: int) -> float:
+        start = time.perf_counter()
+        model.encode(some, batch_size=size)
+        return len(some) / (time.perf_counter() - start)
+    model.encode(some[:BATCH])
+    best = max(BATCH_SIZES, key=rate)
     vector = model.encode([texts(5, 1)[0]], convert_to_numpy=True)[0].astype("float32").tobytes()
-    print(json.dumps({"texts_s": max(rates.values()), "single_p50_ms": taken[len(taken) // 2],
-                      "single_p99_ms": taken[int(0.99 * (len(taken) - 1))],
-                      "vector": base64.b64encode(vector).decode(), "best_batch": max(rates, key=lambda s: rates[s])}))
+    print(json.dumps({"vector": base64.b64encode(vector).decode(), "best": best}), flush=True)
+    for _ in sys.stdin:
+        taken = []
+        for _ in range(args.singles // args.repeat):
+            text, start = prompt(rng, 8), time.perf_counter()
+            model.encode([text])
+            taken.append(1e3 * (time.perf_counter() - start))
+        print(json.dumps(_row([rate(best)], taken)), flush=True)
+
+
+def _row(rates: list[float], taken: list[float]) -> dict[str, float]:
+    taken = sorted(taken)
+    return {"texts_s": statistics.median(rates), "single_p50_ms": taken[len(taken) // 2],
+            "single_p99_ms": taken[int(0.99 * (len(taken) - 1))]}
+
+
+def alternate(port: int, args: argparse.Namespace) -> tuple[dict[str, float], dict[str, float], bytes]:
+    """Ours and sentence-transformers' figures, medians over turns, and its vector."""
+    command = [sys.executable, "-m", "benchmarks.embed", "--in-process", *sys.argv[1:]]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        hello = json.loads(child.stdout.readline())
+        print(f"sentence-transformers: best batch size {hello['best']}", flush=True)
+        ours, theirs = [], []
+        for turn in range(args.repeat):
+            ours.append(_row([load(port, args.callers, args.batches)], singles(port, args.singles // args.repeat)))
+            child.stdin.write("turn\n")
+            child.stdin.flush()
+            theirs.append(json.loads(child.stdout.readline()))
+            print(f"turn {turn + 1}: ours {_line(ours[-1])}; theirs {_line(theirs[-1])}", flush=True)
+    finally:
+        child.kill()
+    middle = [{name: statistics.median(row[name] for row in side) for name in FIGURES} for side in (ours, theirs)]
+    return middle[0], middle[1], base64.b64decode(hello["vector"])
 
 
 def cosine(a: bytes, b: bytes) -> float:
@@ -152,14 +175,13 @@ def main() -> None:
         with server([part.replace("{port}", str(port)) for part in command], port, {}, args.limit) as ready_s:
             print(f"{name}: ready in {ready_s:.1f} s", flush=True)
             vectors[name] = Caller(port).embed(texts(5, 1))[0]
-            rows[name] = measure(port, args)
+            if name == "Quartet" and args.sentence_transformers:
+                load(port, 1, 1)
+                theirs = "sentence-transformers"
+                rows[name], rows[theirs], vectors[theirs] = alternate(port, args)
+            else:
+                rows[name] = measure(port, args)
         print(f"{name}: {_line(rows[name])}", flush=True)
-    if args.sentence_transformers:
-        command = [sys.executable, "-m", "benchmarks.embed", "--in-process", *sys.argv[1:]]
-        said = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout.splitlines()[-1]
-        name, row = "sentence-transformers", json.loads(said)
-        rows[name], vectors[name] = row, base64.b64decode(row.pop("vector"))
-        print(f"{name}: {_line(row)}, best batch {row['best_batch']}", flush=True)
     print("\n| | Quartet | " + " | ".join(f"{name} | ratio" for name in rows if name != "Quartet") + " |")
     print("|---" * (2 * len(rows)) + "|")
     for figure, title in FIGURES.items():

@@ -23,6 +23,8 @@ from tests.serving import Server, gguf
 SCRIPTS = Path(__file__).parent / "scripts"
 # litellm imports mcp as soon as tools are in a request, and does not ask for it itself.
 PYTHON_PACKAGES = ("langchain-openai>=1.0", "litellm>=1.80", "mcp", "instructor>=1.13")
+POOLING_PACKAGES = ("cohere>=5", "langchain-openai>=1.0", "litellm>=1.80", "llama-index-embeddings-openai-like")
+BARE_PACKAGES = ("langchain-cohere", "llama-index-postprocessor-cohere-rerank")    # they ask for older releases of cohere
 NODE_PACKAGES = ("openai@^6", "ai@^6", "@ai-sdk/openai-compatible", "zod@^4")
 INSTALL_S = 900
 MODEL = "smollm2"
@@ -65,15 +67,28 @@ def _run(command: list[str], server: Server, **environment: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.fixture(scope="session")
-def python_clients() -> Run:
+def _python(name: str, packages: tuple[str, ...], bare: tuple[str, ...] = ()) -> Run:
     def make(place: Path) -> subprocess.CompletedProcess[str]:
         subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True, timeout=INSTALL_S)
-        return subprocess.run([str(place / "venv/bin/pip"), "install", "--quiet", *PYTHON_PACKAGES], capture_output=True,
-                              text=True, timeout=INSTALL_S)
-    place = _made(_place("python", PYTHON_PACKAGES), make)
-    return lambda script, server: _run([str(place / "venv/bin/python"), str(SCRIPTS / script)], server,
-                                       LITELLM_LOCAL_MODEL_COST_MAP="True")
+        pip = [str(place / "venv/bin/pip"), "install", "--quiet"]
+        done = subprocess.run([*pip, *packages], capture_output=True, text=True, timeout=INSTALL_S)
+        if bare and not done.returncode:
+            done = subprocess.run([*pip, "--no-deps", *bare], capture_output=True, text=True, timeout=INSTALL_S)
+        return done
+    place = _made(_place(name, packages + bare), make)
+    return lambda script, server, model=MODEL: _run(
+        [str(place / "venv/bin/python"), str(SCRIPTS / script)], server, QUARTET_MODEL=model,
+        LITELLM_LOCAL_MODEL_COST_MAP="True")
+
+
+@pytest.fixture(scope="session")
+def python_clients() -> Run:
+    return _python("python", PYTHON_PACKAGES)
+
+
+@pytest.fixture(scope="session")
+def pooling_clients() -> Run:
+    return _python("pooling", POOLING_PACKAGES, BARE_PACKAGES)
 
 
 @pytest.fixture(scope="session")

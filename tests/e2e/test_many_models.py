@@ -70,7 +70,9 @@ def test_every_model_answers_what_it_is_for(many: Server) -> None:
 
 
 def test_pooling_engines_give_way_to_chats(many: Server) -> None:
-    assert [os.getpriority(os.PRIO_PROCESS, engine(many, i)) for i in range(5)] == [0, 10, 10, 10, 10]
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    behind = min(19, ours + 10)
+    assert [os.getpriority(os.PRIO_PROCESS, engine(many, i)) for i in range(5)] == [ours, *[behind] * 4]
 
 
 def test_the_openai_client_gets_equal_vectors_from_both_replicas(many: Server) -> None:

@@ -79,14 +79,14 @@ static __attribute__((noinline)) void pad_rows(const char *row[16], long offset,
 
 /* Sixteen rows become columns: r[i] holds 32-bit word i of each from `offset` bytes on. */
 INLINE void load_columns(const char *const row[16], long offset, v16 r[16]) {
-    for (int i = 0; i < 16; i++) r[i] = v_load((const float *)(const void *)(row[i] + offset));
+    UNROLL for (int i = 0; i < 16; i++) r[i] = v_load((const float *)(const void *)(row[i] + offset));
     v_transpose16(r);
 }
 
 INLINE void store_columns(const char *const row[16], long offset, int words, float *to, const int is_bf16) {
     v16 r[16];
     load_columns(row, offset, r);
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
+    UNROLL for (int i = 0; i < 16; i++, to += is_bf16 ? 2 * PANEL : PANEL) {
         if (i == words) break;
         if (is_bf16) {
             v_store(to, v_pair_even(r[i]));
@@ -128,16 +128,16 @@ INLINE void score_columns(const char *const row[16], long offset, const float *q
                           const int first, const int rows, const int is_bf16) {
     v16 r[16], acc[FEW_AT_ONCE];
     load_columns(row, offset, r);
-    for (int j = 0; j < rows; j++) acc[j] = first ? v_zero() : v_load(scores + j * CHUNK);
-    _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++, q += is_bf16 ? 2 : 1) {
+    UNROLL for (int j = 0; j < rows; j++) acc[j] = first ? v_zero() : v_load(scores + j * CHUNK);
+    UNROLL for (int i = 0; i < 16; i++, q += is_bf16 ? 2 : 1) {
         ask_one(&share);
         v16 even = is_bf16 ? v_pair_even(r[i]) : r[i];
-        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), even, acc[j]);
+        UNROLL for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq]), even, acc[j]);
         if (!is_bf16) continue;
         v16 odd = v_pair_odd(r[i]);
-        _Pragma("GCC unroll 8") for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq + 1]), odd, acc[j]);
+        UNROLL for (int j = 0; j < rows; j++) acc[j] = v_fma(v_set1(q[j * ldq + 1]), odd, acc[j]);
     }
-    for (int j = 0; j < rows; j++) v_store(scores + j * CHUNK, acc[j]);
+    UNROLL for (int j = 0; j < rows; j++) v_store(scores + j * CHUNK, acc[j]);
 }
 
 /* scores[rows][n] for a few rows, keys used as they are transposed: a panel in between would cost as much again.  The
@@ -210,8 +210,8 @@ INLINE void add_values(const attention_args *a, const workspace *w, long row, co
         v16 acc[FEW_AT_ONCE][TILE_VECS];
         const float *scores = w->scores + row * CHUNK;
         float *out = w->out + row * w->width + d;
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_load(out + r * w->width + 16 * j);
         sixteen share = {a->v_cache, 0}, other = share;
         for (long t = 0; t < n; t++) {
             if (t % 16 == 0 && d % step == 0) share = share_of(next, next->v, t, d, is_bf16);
@@ -221,16 +221,16 @@ INLINE void add_values(const attention_args *a, const workspace *w, long row, co
             if (at[t] < 0) continue;
             long from = at[t] + d;
             v16 v[TILE_VECS];
-            for (int j = 0; j < TILE_VECS; j++)
+            UNROLL for (int j = 0; j < TILE_VECS; j++)
                 v[j] = v_pin(whole ? v_load_any(a->v_cache, from + 16 * j, is_bf16)
                                    : v_load_any_n(a->v_cache, from + 16 * j, lanes(w->dim - d - 16 * j), is_bf16));
-            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+            UNROLL for (int r = 0; r < rows; r++) {
                 v16 s = v_set1(scores[r * CHUNK + t]);
-                for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(s, v[j], acc[r][j]);
+                UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(s, v[j], acc[r][j]);
             }
         }
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < TILE_VECS; j++) v_store(out + r * w->width + 16 * j, acc[r][j]);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < TILE_VECS; j++) v_store(out + r * w->width + 16 * j, acc[r][j]);
     }
 }
 

@@ -79,7 +79,7 @@ INLINE void softmax_body(const attention_args *a, workspace *w, long row, long l
     float *s = w->scores + row * CHUNK;
     v16 scale = v_set1((float)(a->scale * (capped ? 1.0 / a->softcap : LOG2E))), total = v_zero();
     v16 cap = v_set1((float)(a->softcap * LOG2E)), most = v_set1(-INFINITY), v[CHUNK / 16];
-    for (long i = 0; i < CHUNK / 16; i++) {
+    UNROLL for (long i = 0; i < CHUNK / 16; i++) {
         if (!whole && 16 * i >= n) break;
         v[i] = v_mul(v_load(s + 16 * i), scale);
         if (capped) v[i] = v_mul(cap, v_tanh(v[i]));
@@ -89,7 +89,7 @@ INLINE void softmax_body(const attention_args *a, workspace *w, long row, long l
     float old = w->max[row], now = v_hmax(most);
     now = now > old ? now : old;
     v16 shift = v_set1(now);
-    for (long i = 0; i < CHUNK / 16; i++) {
+    UNROLL for (long i = 0; i < CHUNK / 16; i++) {
         if (!whole && 16 * i >= n) break;
         v16 p = v_exp2(v_sub(v[i], shift));
         if (!whole) p = v_keep(p, lanes(lo - 16 * i), lanes(hi - 16 * i), v_zero());

@@ -70,16 +70,16 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
                       const uint8_t *w, float *c, ahead next) {
     const long groups = stride / X_GROUP;
     __m512 acc[INT8_ROWS][2];
-    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+    UNROLL for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
     for (long g = 0; g < groups; g++) {
         __m512i sum[INT8_ROWS][2];
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
+        UNROLL for (int r = 0; r < rows; r++)
             sum[r][0] = sum[r][1] = _mm512_set1_epi32(starts[r * groups + g]);
         const float *unit = (const float *)(w + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
         for (int i = 0; i < X_GROUP; i += 4, w += 4 * PANEL) {
             ask_ahead(&next);
             __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
-            _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+            UNROLL for (int r = 0; r < rows; r++) {
                 int32_t four;
                 memcpy(&four, a + r * stride + g * X_GROUP + i, 4);
                 __m512i x = _mm512_set1_epi32(four);
@@ -89,13 +89,13 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
         }
         w += g & 1 ? 4 * PANEL : 0; /* over the scales of a finished weight group */
         __m512 unit0 = _mm512_loadu_ps(unit), unit1 = _mm512_loadu_ps(unit + 16);
-        _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+        UNROLL for (int r = 0; r < rows; r++) {
             __m512 s = _mm512_set1_ps(scales[r * groups + g]);
             acc[r][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), s), unit0, acc[r][0]);
             acc[r][1] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), s), unit1, acc[r][1]);
         }
     }
-    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+    UNROLL for (int r = 0; r < rows; r++) {
         _mm512_storeu_ps(c + r * PANEL, acc[r][0]);
         _mm512_storeu_ps(c + r * PANEL + 16, acc[r][1]);
     }

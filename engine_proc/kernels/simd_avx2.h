@@ -122,17 +122,17 @@ V_EACH1(v_pair_odd, V_ODD8)
 
 INLINE void v_transpose8(__m256 r[8]) {
     __m256 t[8], s[8];
-    for (int i = 0; i < 8; i += 2) {
+    UNROLL for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4) {
-        for (int h = 0; h < 2; h++) {
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        UNROLL for (int h = 0; h < 2; h++) {
             s[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
             s[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
         }
     }
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         r[i] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
         r[i + 4] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
     }
@@ -141,14 +141,14 @@ INLINE void v_transpose8(__m256 r[8]) {
 /* r[i][j] <- r[j][i], any 32-bit lanes: four 8x8 quarters, the off-diagonal two swapped. */
 INLINE void v_transpose16(v16 r[16]) {
     __m256 q[4][8];
-    for (int i = 0; i < 8; i++) {
+    UNROLL for (int i = 0; i < 8; i++) {
         q[0][i] = r[i].lo;
         q[1][i] = r[i].hi;
         q[2][i] = r[i + 8].lo;
         q[3][i] = r[i + 8].hi;
     }
-    for (int i = 0; i < 4; i++) v_transpose8(q[i]);
-    for (int i = 0; i < 8; i++) {
+    UNROLL for (int i = 0; i < 4; i++) v_transpose8(q[i]);
+    UNROLL for (int i = 0; i < 8; i++) {
         r[i] = (v16){q[0][i], q[2][i]};
         r[i + 8] = (v16){q[1][i], q[3][i]};
     }

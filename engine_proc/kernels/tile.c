@@ -1,8 +1,6 @@
 /* Register tiles for float32 and bfloat16 panels; see tile.h.  One function per number of rows, made by macro. */
 #include "tile.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 /* Twelve row pointers do not fit the integer registers.  Every third row has a pointer, its neighbours are reached by
  * scaled indexing with the row length; hiding that length from the optimiser in each turn keeps it from undoing this
  * (worth 25 % at 12 rows). */

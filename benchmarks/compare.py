@@ -93,6 +93,8 @@ def measure(args: argparse.Namespace, port: int, model: str) -> dict[int, dict[s
             if row.get("failed") or "out_tok_s" not in row:
                 raise SystemExit(f"requests failed: {row}")
             rows.setdefault(int(row["streams"]), []).append(row)
+            print(f"  run {repeat + 1}: {row['streams']} streams: "
+                  + ", ".join(f"{title} {row[figure]:g}" for figure, title in NAMES.items()), flush=True)
     return {streams: {name: statistics.median(r[name] for r in many) for name in NAMES} for streams, many in rows.items()}
 
 
@@ -145,6 +147,7 @@ def main() -> None:
     made.add_argument("--load", default="", help="another load generator")
     made.add_argument("--limit", type=float, default=400, help="seconds to become healthy")
     args = made.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # a time limit must not leave a server behind
     results: dict[str, dict[int, dict[str, float]]] = {}
     sides: list[tuple[str, list[str], dict[str, str]]] = []
     for variant in args.ours or ["Quartet:"]:

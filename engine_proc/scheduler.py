@@ -47,6 +47,7 @@ class Scheduler:
         self.max_step_tokens = config.max_step_tokens
         self.max_num_seqs = min(config.max_num_seqs, config.max_step_tokens)    # every running one decodes each step
         self.max_prefill_chunk = config.max_prefill_chunk
+        self.max_mixed_prefill = config.max_mixed_prefill
         self.running: list[Sequence] = []            # these hold blocks and a slot; in `order`
         self.waiting: list[Sequence] = []            # in `order`
         self.held: dict[int, Sequence] = {}          # rid -> one whose grammar is being compiled
@@ -124,6 +125,8 @@ class Scheduler:
                 singles.append(self._take(seq, 1))
             index += 1
         budget = self.max_step_tokens - len(singles)
+        if singles:                                   # a prompt must not hold up the others' next token for long
+            budget = min(budget, self.max_mixed_prefill)
         for seq in prefills:
             budget -= self._take_chunk(seq, budget, singles, chunks)
         copies: list[tuple[int, int]] = []

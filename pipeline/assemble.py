@@ -222,6 +222,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         num_kv_blocks=settings["num_kv_blocks"], max_num_seqs=settings["max_num_seqs"],
         max_step_tokens=settings["max_num_batched_tokens"], max_waiting=settings["max_num_queued_reqs"],
         max_prefill_chunk=min(settings["max_prefill_chunk"], settings["max_num_batched_tokens"]),
+        max_mixed_prefill=settings["max_mixed_prefill"],
         enable_prefix_caching=settings["enable_prefix_caching"], scheduling_policy=settings["scheduling_policy"],
         logprobs_mode=settings["logprobs_mode"], threads=settings["threads"], kernels=settings["enable_kernels"])
 

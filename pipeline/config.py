@@ -35,6 +35,7 @@ class EngineConfig:
     max_num_seqs: int = 64                   # sequences in one step
     max_step_tokens: int = 512               # token budget of one step (--max-num-batched-tokens)
     max_prefill_chunk: int = 512             # the most tokens of one prompt in one step
+    max_mixed_prefill: int = 192             # the most prompt tokens in a step in which other sequences decode
     max_waiting: int = 1024                  # requests queued in the engine
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"          # fcfs | priority

@@ -193,6 +193,8 @@ OPTIONS: tuple[Option, ...] = (
            help="token budget of one step"),
     Option(name="max-prefill-chunk", group=ENGINE, default=512, parse=integer(1, 2**24, values.count), metavar="N",
            help="tokens of one prompt in one step at most, so that it does not hold up the others"),
+    Option(name="max-mixed-prefill", group=ENGINE, default=192, parse=integer(1, 2**24, values.count), metavar="N",
+           help="prompt tokens at most in a step in which others decode: bounds the gap between their tokens"),
     Option(name="enable-prefix-caching", group=ENGINE, flag=True, default=True,
            help="reuse the KV cache of equal beginnings"),
     Option(name="scheduling-policy", group=ENGINE, default="fcfs", choices=("fcfs", "priority"),

@@ -108,6 +108,16 @@ def test_a_prompt_takes_no_more_than_its_cap_so_that_others_start_beside_it() ->
     assert shape(bench.turn()) == [(1, 0, 6), (2, 0, 6)]
 
 
+def test_prompts_hold_up_decoding_sequences_for_few_tokens_at_a_time() -> None:
+    bench = Bench(max_step_tokens=16, max_prefill_chunk=8, max_mixed_prefill=5)
+    bench.add(make_seq(1, range(8), max_tokens=9))
+    assert shape(bench.turn()) == [(1, 0, 8)]                       # alone: as much as there is
+    bench.add(make_seq(2, range(20, 28), max_tokens=1), make_seq(3, range(40, 44), max_tokens=1))
+    assert shape(bench.turn()) == [(1, 8, 1), (2, 0, 5)]
+    assert shape(bench.turn()) == [(1, 9, 1), (2, 5, 3), (3, 0, 2)]
+    assert shape(bench.turn()) == [(1, 10, 1), (3, 2, 2)]
+
+
 def test_no_more_sequences_run_than_allowed() -> None:
     bench = Bench(max_num_seqs=2)
     bench.add(*[make_seq(rid, [rid, 5], max_tokens=2) for rid in range(1, 6)])

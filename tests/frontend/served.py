@@ -14,6 +14,7 @@ import uuid
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,16 @@ from pipeline.messages import (
     Pooled,
     PoolHanded,
     PoolText,
+    SpeechSegment,
+    SpeechWord,
     Submit,
+    SubmitAudio,
     SubmitPool,
     TextDelta,
     TokenizeAnswer,
     TokenizeQuery,
     TokenOut,
+    Transcribed,
     Usage,
     pack_ids,
     unpack_ids,
@@ -105,6 +110,7 @@ class PaperPipeline:
         self.aborted: set[int] = set()
         self.submits: list[Submit] = []
         self.pools: list[SubmitPool] = []
+        self.recordings: list[SubmitAudio] = []
         self.manual = False                  # tests call `step` themselves
         self.full = False
         self._steps: list[Any] = []
@@ -123,6 +129,11 @@ class PaperPipeline:
         elif isinstance(message, SubmitPool):
             self.pools.append(message)
             self._steps += [self._pool(message)]
+            if not self.manual:
+                self._loop.call_soon(self.run)
+        elif isinstance(message, SubmitAudio):
+            self.recordings.append(message)
+            self._steps += [self._hear(message)]
             if not self.manual:
                 self._loop.call_soon(self.run)
         elif isinstance(message, TokenizeQuery):
@@ -224,6 +235,28 @@ class PaperPipeline:
             yield Pooled(
                 submit.route.engine, submit.route.engine_epoch, submit.rid, pack_ids(t.index for t in part),
                 pack_ids(size_of(t) - 1 for t in part), pack_ids(map(len, rows)), np.concatenate(rows))
+
+    def _hear(self, submit: SubmitAudio) -> Any:
+        """A recording of paper holds what is said: windows of ten seconds between "|", their segments between "/".
+
+        The windows come back last one first; "hang" never does, "fail" is refused.
+        """
+        spoken = Path(submit.path).read_text()
+        if spoken == "fail":
+            yield Failed(Kind.TOKENIZER, 0, 1, [FailedItem(submit.rid, "invalid_value", "The audio file is bad.", "file")])
+            return
+        windows = spoken.split("|")
+        for i in reversed(range(len(windows))):
+            if windows[i] != "hang":
+                yield Transcribed(submit.route.engine, submit.route.engine_epoch, submit.rid, i, i == len(windows) - 1,
+                                  10.0 * i, 10.0 if i < len(windows) - 1 else 7.5, submit.params.language or "en", 7,
+                                  [self._segment(submit, i, n, part) for n, part in enumerate(windows[i].split("/"))])
+
+    def _segment(self, submit: SubmitAudio, window: int, number: int, text: str) -> SpeechSegment:
+        start = 10.0 * window + 2.5 * number
+        words = [SpeechWord(start + 0.25 * i, start + 0.25 * i + 0.25, f" {w}", 0.5)
+                 for i, w in enumerate(text.split())] if submit.params.words else []
+        return SpeechSegment(start, start + 2.5, f" {text}", pack_ids([5, 6]), 0.0, -0.25, 1.5, 0.125, words)
 
     def _delta(self, submit: Submit, j: int, piece: str, start: int, ids: list[int], finish: Finish, offset: int,
                prompt: list[int], text: str, usage: Usage | None) -> Deltas:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel
 
+from frontend import speech_schema
 from frontend.docs import kind
 from frontend.fields import NO_EFFECT, REFUSED
-from frontend.openapi import POSTS
+from frontend.openapi import FORMS, POSTS
 
 _SAMPLING = """
     model stream stream_options n temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty
@@ -73,6 +74,8 @@ WHY: dict[str, str] = {
 
 def status(path: str, name: str) -> tuple[str, str]:
     """("honoured" | "refused" | "no effect" | "unknown", what else there is to say) of a parameter at an endpoint."""
+    if path in FORMS:
+        return _form_status(FORMS[path][1], name)
     bodies = POSTS[path][1]
     if name in REFUSED and not any(name in body.HONOURS for body in bodies):
         values = [f"`{json.dumps(value)}`" for value in REFUSED[name]]
@@ -83,6 +86,17 @@ def status(path: str, name: str) -> tuple[str, str]:
     if name in NO_EFFECT:
         return "no effect", WHY[name]
     return "unknown", "ignored, as every field that nobody knows"
+
+
+def _form_status(body: type[BaseModel], name: str) -> tuple[str, str]:
+    """The same for a form, whose values are text."""
+    if name == "file":
+        return "honoured", "the recording: flac, m4a, mp3, mp4, mpeg, mpga, ogg, opus, wav or webm"
+    if name in speech_schema.REFUSED:
+        values = [f"`{value}`" for value in speech_schema.REFUSED[name]]
+        return "refused", f"taken as {' or '.join(values)}, which asks for nothing" if values else ""
+    return ("honoured", _note(body, name)) if name in body.model_fields else (
+        "unknown", "ignored, as every field that nobody knows")
 
 
 def _note(body: type[BaseModel], name: str) -> str:
@@ -99,7 +113,8 @@ def _rows(path: str, names: Iterable[str]) -> list[str]:
 
 def own(path: str) -> list[str]:
     """Parameters of ours that the yardstick does not have there."""
-    fields = dict.fromkeys(name for body in POSTS[path][1] for name in body.model_fields)
+    bodies = (FORMS[path][1],) if path in FORMS else POSTS[path][1]
+    fields = dict.fromkeys(name for body in bodies for name in body.model_fields)
     return [name for name in fields if name not in YARDSTICK.get(path, ())]
 
 
@@ -115,6 +130,9 @@ def page() -> str:
             continue
         lines += [f"## POST {', '.join(same)}", "", "| Parameter | Here | |", "|---|---|---|",
                   *_rows(path, [*YARDSTICK.get(path, ()), *own(path)]), ""]
+    for path in FORMS:
+        lines += [f"## POST {path}", "", "| Parameter | Here | |", "|---|---|---|",
+                  *_rows(path, [*YARDSTICK[path], *own(path)]), ""]
     return "\n".join(lines)
 
 

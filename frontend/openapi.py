@@ -17,6 +17,7 @@ from frontend.pool_schema import (
     ScoreBody,
 )
 from frontend.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, TokenizeChatBody
+from frontend.speech_schema import TranscriptionBody, TranslationBody
 from pipeline import __version__
 from pipeline.config import ServerConfig
 
@@ -31,6 +32,10 @@ POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), ("Documents by relevance to a query.", (RerankBody,))),
     "/tokenize": ("Text or chat to token ids.", (TokenizeBody, TokenizeChatBody)),
     "/detokenize": ("Token ids to text.", (DetokenizeBody,)),
+}
+FORMS: dict[str, tuple[str, type[BaseModel]]] = {
+    "/v1/audio/transcriptions": ("A recording to text.", TranscriptionBody),
+    "/v1/audio/translations": ("A recording to English text.", TranslationBody),
 }
 _GETS = {
     "/v1/models": "The models of this server.", "/v1/models/{id}": "One model.", "/version": "The server's version.",
@@ -47,7 +52,8 @@ _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {
 def document(config: ServerConfig) -> dict[str, Any]:
     """The OpenAPI description of every route."""
     bodies: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (body, "validation") for _, found in POSTS.values() for body in found]
+        (body, "validation") for body in (*(b for _, found in POSTS.values() for b in found),
+                                          *(b for _, b in FORMS.values()))]
     _, schemas = models_json_schema(bodies, ref_template="#/components/schemas/{model}")
     failure = {"description": "An error.", "content": {"application/json": {
         "schema": {"$ref": "#/components/schemas/Error"}}}}
@@ -58,6 +64,13 @@ def document(config: ServerConfig) -> dict[str, Any]:
             "summary": summary, "operationId": path.strip("/").replace("/", "_"),
             "requestBody": {"required": True, "content": {"application/json": {
                 "schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}},
+            "responses": {"200": {"description": "The answer."}, "default": failure}}}
+    for path, (summary, form) in FORMS.items():
+        file = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
+        paths[path] = {"post": {
+            "summary": summary, "operationId": path.strip("/").replace("/", "_"),
+            "requestBody": {"required": True, "content": {"multipart/form-data": {
+                "schema": {"allOf": [file, {"$ref": f"#/components/schemas/{form.__name__}"}]}}}},
             "responses": {"200": {"description": "The answer."}, "default": failure}}}
     for path, summary in _GETS.items():
         operation: dict[str, Any] = {"summary": summary, "operationId": path.strip("/").replace("/", "_"),

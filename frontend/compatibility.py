@@ -77,7 +77,7 @@ def status(path: str, name: str) -> tuple[str, str]:
     if path in FORMS:
         return _form_status(FORMS[path][1], name)
     bodies = POSTS[path][1]
-    if name in REFUSED and not any(name in body.HONOURS for body in bodies):
+    if name in REFUSED and not any(name in getattr(body, "HONOURS", ()) for body in bodies):
         values = [f"`{json.dumps(value)}`" for value in REFUSED[name]]
         return "refused", f"taken as {' or '.join(values)}, which asks for nothing" if values else ""
     for body in bodies:

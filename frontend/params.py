@@ -143,8 +143,8 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
     tools = plan(body.tools, body.tool_choice, body.parallel_tool_calls is not False, model)
     prompt = Prompt(chat=template_input(body, raw, config, tools.tools_json))
     spec = _spec(body, config, model, number, [prompt], max_tokens, logprobs, False, now_ns)
-    spec.detok.tool_parser, spec.detok.signatures = tools.parser, tools.signatures
-    spec.detok.max_calls, spec.detok.reasoning_parser = tools.max_calls, model.reasoning_parser
+    tools.apply(spec.sampling, spec.detok)
+    spec.detok.reasoning_parser = model.reasoning_parser
     ask = _ask(body, spec, config, model, max_tokens, logprobs)
     ask.include_reasoning = body.include_reasoning is not False
     ask.call_ids = CallIds(FAMILIES[tools.parser].ids if tools.parser else "call", calls_in(raw["messages"]))

@@ -15,10 +15,11 @@ from pydantic import ConfigDict, Field
 
 from frontend.fields import Body
 from pipeline.config import ModelConfig
-from pipeline.errors import invalid
+from pipeline.errors import QuartetError, invalid
+from pipeline.families import forced
 from pipeline.families.calls import is_name
 from pipeline.families.table import FAMILIES, GENERIC
-from pipeline.params import Grammar
+from pipeline.params import DetokSpec, Grammar, SamplingParams
 
 MAX_TOOLS = 1024
 MAX_NAME = 128
@@ -76,11 +77,41 @@ ToolChoice = Literal["none", "auto", "required"] | NamedChoice | AllowedChoice
 class ToolPlan:
     """What a request's tools come to."""
 
+    tools: list[Tool] = field(default_factory=list)      # those that may be called
+    required: bool = False
+    parallel: bool = True
     tools_json: bytes = b""                  # for the template
     parser: str = ""
     signatures: bytes = b""
-    max_calls: int = 0
-    grammar: Grammar | None = None
+
+    def apply(self, sampling: SamplingParams, detok: DetokSpec) -> None:
+        """Write what the tools mean into a request's parameters, whose grammar is that of the answer so far."""
+        detok.tool_parser, detok.signatures = self.parser, self.signatures
+        detok.max_calls = 1 if self.tools and not self.parallel else 0
+        sampling.grammar = self._grammar(sampling.grammar)
+        if sampling.grammar is not None and sampling.beam is not None:
+            raise QuartetError("unsupported_parameter", "Calls that are required or strict are not supported together "
+                                                        "with 'use_beam_search'.", "tool_choice")
+
+    def _grammar(self, answer: Grammar | None) -> Grammar | None:
+        strict = any(tool.function.strict for tool in self.tools)
+        if not (self.required or strict or (answer is not None and self.parser)):
+            return answer
+        if self.parser not in forced.FORMS:
+            if strict:
+                raise QuartetError("unsupported_parameter", "Tools cannot be 'strict' with this model unless "
+                                                            "'tool_choice' requires a call.", "tools")
+            return answer
+        tools = [forced.ForcedTool(tool.function.name, tool.function.parameters or {"properties": {}},
+                                   bool(tool.function.strict)) for tool in self.tools]
+        if self.required:
+            return forced.required(self.parser, tools, self.parallel)
+        if answer is not None and answer.closed:
+            raise QuartetError("unsupported_parameter", "'disable_additional_properties' is not supported together with "
+                                                        "tools that the model may call.", answer.param)
+        made = forced.optional(self.parser, tools, self.parallel, answer and forced.answer_format(answer))
+        made.whitespace = answer.whitespace if answer is not None else None
+        return made
 
 
 @dataclass(slots=True)
@@ -106,9 +137,10 @@ def plan(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool, mo
     if not tools or mode == "none":
         return ToolPlan()
     parser = model.tool_parser
-    if mode == "required":
-        parser = parser or GENERIC
-    made = ToolPlan(tools_json=_template_json(tools), parser=parser, max_calls=0 if parallel else 1)
+    if mode == "required" and parser not in forced.FORMS:
+        parser = GENERIC
+    made = ToolPlan(tools=tools, required=mode == "required", parallel=parallel, tools_json=_template_json(tools),
+                    parser=parser)
     if parser:
         made.signatures = _dump({
             tool.function.name: _types(tool.function.parameters) if FAMILIES[parser].typed else {} for tool in tools})

@@ -11,6 +11,7 @@ from pipeline.messages import Chat
 from tokenizer_proc.guard import Guard, Piece, strings, unused
 from tokenizer_proc.messages import normalise, parse, template_kwargs, text_chars, wrong
 from tokenizer_proc.template import ChatTemplate
+from tokenizer_proc.toolless import told
 
 
 class ChatModel(Protocol):
@@ -45,6 +46,7 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
                               wants_argument_text=template.wants_argument_text),
         "tools": tools or None, "documents": documents or None,
     }
+    variables["messages"] = told(variables["messages"], tools, template.source, template.wants_parts)
     if not may_be_long:
         model.check_chars(text_chars(variables["messages"]))
     tag = ""

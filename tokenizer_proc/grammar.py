@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from pipeline import grammars
 from pipeline.errors import QuartetError, invalid
+from pipeline.families import harmony
 from pipeline.families.reasoning import REASONINGS, Start
 from pipeline.families.table import HARMONY_REASONING
 from pipeline.messages import pack_ids
@@ -53,7 +54,7 @@ def compiled(grammar: Grammar, tokenizer: Tokenizer, prompt: Sequence[int], reas
     try:
         text = within(CONVERT_S, lambda: convert(grammar, tokens))
         after = grammar.after
-        if reasoning and not after:
+        if reasoning and not after and not _has_channels(reasoning, grammar):
             text, after = behind_reasoning(text, reasoning, tokens, tail)
     except Unusable as error:
         raise invalid(str(error), grammar.param) from None
@@ -86,6 +87,11 @@ def behind_reasoning(text: str, family: str, tokens: Mapping[str, int], tail: st
     opened = " | ".join(writer.text(opener) for opener in reasoning.openers)
     closed = " | ".join(writer.until(closer) for closer in reasoning.closers)
     return writer.grammar(f"(({opened}) ({closed}) {SPACES}?)? @body", [body, *parts[1:]]), ""
+
+
+def _has_channels(reasoning: str, grammar: Grammar) -> bool:
+    """Whether a constraint says itself what comes in which channel (pipeline.families.forced)."""
+    return reasoning == HARMONY_REASONING and harmony.CHANNEL in grammar.text
 
 
 def convert(grammar: Grammar, tokens: Mapping[str, int]) -> str:

@@ -87,16 +87,19 @@ class ReasoningParser(Machine):
             self._rest.end()
 
     def _open(self) -> Steps[None]:
-        """Read an opening tag; what turns out to be none is reasoning where it is implied, content else."""
-        reader = self.reader
+        """Read an opening tag; what turns out to be none is reasoning where that was begun, content else.
+
+        Begun reasoning may also end at once.
+        """
+        reader, closers = self.reader, self._reasoning.closers if self.thinking else ()
         reader.mark()
         matched = ""
         try:
             yield from reader.skip()
-            openers = self._reasoning.openers
-            while matched not in openers:
+            tags = (*self._reasoning.openers, *closers)
+            while matched not in tags:
                 char = yield from reader.peek()
-                if not char or not any(opener.startswith(matched + char) for opener in openers):
+                if not char or not any(tag.startswith(matched + char) for tag in tags):
                     raise Malformed
                 matched += char
                 reader.pos += 1
@@ -108,7 +111,9 @@ class ReasoningParser(Machine):
                 self._pass_on(kept)
             return
         reader.forget()
-        self.thinking = True
+        self.thinking = matched not in closers
+        if not self.thinking:
+            yield from reader.skip()
 
     def _think(self, text: str) -> None:
         self.parts.add(Part.REASONING, text)

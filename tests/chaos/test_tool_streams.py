@@ -22,7 +22,7 @@ from tests.serving import Server, gguf
 from tests.waiting import until
 
 # The comment is what a template of this family would have; it chooses the parsers.
-TEMPLATE = "{# <tool_call> </tool_call> enable_thinking </think> #}{{ messages[-1].content }}"
+TEMPLATE = "{# tools tool_calls <tool_call> </tool_call> enable_thinking </think> #}{{ messages[-1].content }}"
 TWO = next(sample for sample in SAMPLES if sample.family == "hermes" and len(sample.calls) == 2).text
 TEXTS = {"thought and call": CALL, "two calls": TWO, "no call": "<think>\nShort.\n</think>\n\n" + "Plain words. " * 20}
 

@@ -12,6 +12,7 @@ import pytest
 
 from frontend.tools import CallIds
 from pipeline.config import ModelConfig
+from pipeline.errors import QuartetError
 from pipeline.families.table import FAMILIES
 from tests.frontend.served import served
 from tests.frontend.test_params import chat, refused, with_model
@@ -84,8 +85,38 @@ def test_the_choice_decides_what_the_template_sees_and_whether_calls_are_looked_
     assert chat(with_model(tool_parser=""), tools=TOOLS).spec.detok.tool_parser == ""
 
 
+def test_calls_that_must_come_are_a_grammar_in_the_format_of_the_family() -> None:
+    named = {"type": "function", "function": {"name": "now"}}
+    for family, expected in (("hermes", "<tool_call>"), ("", '"parameters": '), ("pythonic", '"parameters": ')):
+        server = with_model(tool_parser=family)
+        required, one = (chat(server, tools=TOOLS, tool_choice=choice) for choice in ("required", named))
+        for ask in (required, one):
+            grammar = ask.spec.sampling.grammar
+            assert grammar is not None and grammar.kind == "structural_tag" and grammar.param == "tools"
+            assert expected in str(json.loads(grammar.text))
+            assert ask.spec.detok.tool_parser == ("hermes" if family == "hermes" else "json")
+        assert seen(required) == ["get_weather", "now", "save"] and seen(one) == ["now"]
+        assert "get_weather" not in one.spec.sampling.grammar.text
+        assert chat(server, tools=TOOLS).spec.sampling.grammar is None
+    assert refused(chat, tools=TOOLS, tool_choice="required", use_beam_search=True, n=2).param == "tool_choice"
+
+
+def test_strict_tools_and_answers_in_a_format_are_grammars_under_auto() -> None:
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    server = with_model(tool_parser="hermes")
+    text = chat(server, tools=[strict, NOW]).spec.sampling.grammar.text
+    assert "triggered_tags" in text and '"days"' in text
+    both = chat(server, tools=TOOLS, response_format={"type": "json_object"}).spec.sampling.grammar
+    assert both.kind == "structural_tag" and '"or"' in both.text
+    plain = chat(server, tools=TOOLS, tool_choice="none", response_format={"type": "json_object"}).spec.sampling.grammar
+    assert plain.kind == "json_object"
+    with pytest.raises(QuartetError) as error:
+        chat(with_model(tool_parser="pythonic"), tools=[strict])
+    assert error.value.param == "tools"
+
+
 def test_templates_see_every_key_and_nothing_that_is_meant_for_the_server() -> None:
-    ask = chat(tools=[{**tool(strict=True), "defer_loading": True}])
+    ask = chat(with_model(tool_parser="hermes"), tools=[{**tool(strict=True), "defer_loading": True}])
     assert json.loads(ask.spec.prompts[0].chat.tools_json) == [{"type": "function", "function": {
         "name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}}]
 

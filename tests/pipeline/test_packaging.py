@@ -118,4 +118,4 @@ def test_the_environment_takes_a_torch_that_is_there_and_never_the_newest_one() 
 
 def test_the_markers_of_the_suite_are_registered() -> None:
     markers = {line.split(":")[0] for line in CONFIG["tool:pytest"]["markers"].strip().splitlines()}
-    assert markers == {"slow", "chaos_full"}
+    assert markers == {"slow", "chaos_full", "clients"}

@@ -1,0 +1,1 @@
+"""Chat templates for models that have none, by name (see --chat-template)."""

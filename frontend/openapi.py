@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from frontend.fields import Body
 from frontend.pool_schema import (
     ClassifyBody,
     ClassifyChatBody,
@@ -21,7 +22,7 @@ from frontend.speech_schema import TranscriptionBody, TranslationBody
 from pipeline import __version__
 from pipeline.config import ServerConfig
 
-POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...]]] = {
+POSTS: dict[str, tuple[str, tuple[type[Body], ...]]] = {
     "/v1/completions": ("Continue a prompt.", (CompletionBody,)),
     "/v1/chat/completions": ("Answer a chat.", (ChatBody,)),
     "/v1/embeddings": ("Texts, token ids or chats to vectors.", (EmbeddingBody, EmbeddingChatBody)),

@@ -1,0 +1,84 @@
+"""What constrained neighbours cost free streams: decode steps with all streams free, and with half of them constrained.
+
+Drives the real engine in one process, as benchmarks.step does, several rounds in turn. Print it on a quiet machine.
+
+    python -m benchmarks.constrained --model ~/.cache/quartet/SmolLM2... --streams 8,32
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+from tokenizers import Tokenizer
+
+from benchmarks.step import Discard
+from engine_proc.core import EngineCore
+from engine_proc.loader import load_runner
+from pipeline import grammars
+from pipeline.checkpoint import describe
+from pipeline.config import EngineConfig, ModelConfig, ServerConfig
+from pipeline.messages import Add, Adds, Route, pack_ids
+from pipeline.params import DetokSpec, Grammar, SamplingParams
+from tokenizer_proc.grammar import compiled
+
+# An answer that does not end by itself: the model is asked for list after list of records.
+SCHEMA = {"type": "array", "minItems": 1000, "items": {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"], "properties": {
+        "name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3}}}}
+
+
+def step_s(core: EngineCore, first: int, streams: int, constrained: int, grammar: Grammar, steps: int) -> float:
+    """The median decode step with `streams` greedy streams, of which `constrained` follow `grammar`."""
+    adds = []
+    for i in range(streams):
+        sampling = SamplingParams(temperature=0.0, max_tokens=steps + 60, ignore_eos=True)
+        if i < constrained:
+            sampling.grammar = grammar
+        ids = pack_ids([(j * 7 + i * 31) % 40_000 + 10 for j in range(32)])
+        adds.append(Add((first + i) << 8, Route(0, 1, 0, 1, 0, 1), 1, 0, ids, b"", sampling, DetokSpec(), 0, 0, b""))
+    core.handle(Adds(adds))
+    while core.load().waiting or any(seq.num_output < 4 for seq in core.sequences.values()):
+        core.turn()
+    spent = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        core.turn()
+        spent.append(time.perf_counter() - start)
+    while core.sequences:
+        core.turn()
+    return median(spent)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", required=True, help="a prepared Hugging Face directory")
+    made.add_argument("--streams", default="8,32")
+    made.add_argument("--steps", type=int, default=40)
+    made.add_argument("--rounds", type=int, default=3)
+    args = made.parse_args()
+    facts = describe(Path(args.model), Path(args.model), None)
+    model = ModelConfig(
+        names=("m",), path=args.model, max_model_len=min(2048, facts.max_model_len), vocab_size=facts.vocab_size,
+        eos_ids=facts.eos_ids, engine=EngineConfig(kv_cache_bytes=2**30))
+    runner = load_runner(model, lambda phase, percent: None)
+    core = EngineCore(ServerConfig(run_dir="/", log_dir="/", models=(model,)), 0, 1, runner, Discard(), time.monotonic_ns)
+    core.grammars.prepare()
+    tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
+    grammar = compiled(grammars.json_schema(SCHEMA), tokenizer, [1])
+    first = 1
+    for streams in (int(s) for s in args.streams.split(",")):
+        free, mixed = [], []
+        for _ in range(args.rounds):
+            for found, constrained in ((free, 0), (mixed, streams // 2)):
+                found.append(step_s(core, first, streams, constrained, grammar, args.steps))
+                first += streams
+        a, b = min(free), min(mixed)
+        print(f"{streams} streams: {1e3 * a:.2f} ms a step when all are free, {1e3 * b:.2f} ms when half are constrained; "
+              f"a free stream gives {100 * (a / b - 1):+.1f} % tokens/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from pipeline.messages import unpack_ids
 
 CACHE_ENTRIES = 256
 CACHE_BYTES = 8 * 2**20          # of the cached grammars' texts; what they compile to is a small multiple of it
+STACK_BYTES = 256 * 2**20        # address space; many times what the tokenizer's check had
 log = logging.getLogger(__name__)
 
 
@@ -66,8 +67,10 @@ class Grammars:
             self._work(group)
             return
         if self._thread is None:
+            usual = threading.stack_size(STACK_BYTES)
             self._thread = threading.Thread(target=self._run, name="grammars", daemon=True)
             self._thread.start()
+            threading.stack_size(usual)
         self._todo.put(group)
 
     @property

@@ -3,14 +3,13 @@
 Pure data, read by the frontend (which makes records from bodies), by the tokenizer (which checks them and turns them into
 the language of the `llguidance` library) and by the engine (which compiles those). Holds no state.
 
-A tool format is a structural tag: `tool_calls` makes the record from the text that a model family writes around the
-arguments of each tool. What comes before the constraint, such as reasoning, is named by `Grammar.after`.
+A format of tool calls is a structural tag (pipeline.families.forced). Where reasoning may come ahead of the answer, the
+tokenizer lets the constraint begin behind it (`Grammar.after`, or within the grammar itself).
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
 
@@ -57,34 +56,3 @@ def context_free(text: str) -> Grammar:
 def structural_tag(form: Any, whitespace: str | None = None) -> Grammar:
     """`form`: the "format" of a structural tag, as docs/structured-outputs.md describes it."""
     return Grammar(STRUCTURAL_TAG, dump({"type": "structural_tag", "format": form}), whitespace=whitespace)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolForm:
-    """One tool in a family's format: what stands around its arguments, control tokens spelled out.
-
-    `style`: "json", or "qwen_xml" / "glm_xml" for arguments that are written as tags.
-    """
-
-    begin: str                               # '<tool_call>\n{"name": "get_weather", "arguments": '
-    schema: Any                              # JSON Schema of the arguments
-    end: str                                 # '}\n</tool_call>'
-    style: str = "json"
-
-
-def tool_calls(tools: Sequence[ToolForm], *, begin: str = "", separator: str = "", end: str = "",
-               parallel: bool = True, after: str = "", whitespace: str | None = None) -> Grammar:
-    """One call at least, and with `parallel` several, of `tools`: begin call (separator call)* end, and nothing else.
-
-    `after`: text behind which the constraint begins, such as a reasoning's end tag; "": with the first token.
-    """
-    tags = [{"type": "tag", "begin": tool.begin, "end": tool.end,
-             "content": {"type": "json_schema", "json_schema": tool.schema, "style": tool.style}} for tool in tools]
-    calls = {"type": "tags_with_separator", "tags": tags, "separator": separator, "at_least_one": True,
-             "stop_after_first": not parallel}
-    form = {"type": "sequence", "elements": [
-        *([{"type": "const_string", "value": begin}] if begin else []), calls,
-        *([{"type": "const_string", "value": end}] if end else [])]}
-    grammar = structural_tag(form, whitespace)
-    grammar.after = after
-    return grammar

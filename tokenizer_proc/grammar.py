@@ -1,26 +1,19 @@
-"""A request's Grammar record to the language of `llguidance`, and the thread that checks what came out.
+"""A request's Grammar record to the language of `llguidance`: short Python within bounds of size, depth and time.
 
-Run by the tokenizer. Conversion is short Python within bounds of size and depth; the check is the library's own compiler
-under its limits of work, which releases the interpreter's lock, so that the stage goes on meanwhile. What took too long
-is refused; what was found good is remembered by its digest.
+Run by the tokenizer. Whether what comes out can be compiled is for `checker` to find out.
 """
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
-import queue
-import threading
-from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits
+from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from pipeline import grammars
-from pipeline.errors import QuartetError, invalid
+from pipeline.errors import invalid
 from pipeline.families import harmony
 from pipeline.families.reasoning import REASONINGS, Start
 from pipeline.families.table import HARMONY_REASONING
@@ -32,13 +25,9 @@ from tokenizer_proc.limits import DeadlinePassed, within
 from tokenizer_proc.structural import as_lark, to_grammar
 
 CONVERT_S = 1.0
-CHECK_S = 3.0                        # from handing over; the queue counts too
-KNOWN = 4096                         # digests of grammars that are good
 TAIL = 16                            # prompt ids among which the end of a reasoning is looked for
-THREADS = 2                          # one hostile grammar does not hold up the next
 SPACES = r"/[ \t\r\n]{1,4}/"        # between a reasoning and its answer
 HARMONY_FINAL = "<|channel|>final<|message|>"
-log = logging.getLogger(__name__)
 
 
 def compiled(grammar: Grammar, tokenizer: Tokenizer, prompt: Sequence[int], reasoning: str = "") -> Grammar:
@@ -123,70 +112,3 @@ def _choices(text: str) -> list[str]:
     if not isinstance(choices, list) or not choices or not all(isinstance(item, str) for item in choices):
         raise Unusable("The choices must be a list of strings that is not empty.")
     return list(dict.fromkeys(choices))
-
-
-class GrammarChecker:
-    """Checks grammars beside the loop. `threaded` False: at once."""
-
-    def __init__(self, threaded: bool = True) -> None:
-        self._threaded = threaded
-        self._todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self._done: deque[tuple[int, str, str]] = deque()
-        self._threads: list[threading.Thread] = []
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-
-    def knows(self, text: str) -> bool:
-        """Whether this grammar was found good before."""
-        key = _digest(text)
-        if key not in self._known:
-            return False
-        self._known.move_to_end(key)
-        return True
-
-    def submit(self, rid: int, text: str) -> None:
-        if not self._threaded:
-            self._done.append((rid, text, check(text)))
-            return
-        if not self._threads:
-            self._threads = [threading.Thread(target=self._run, name=f"grammars-{i}", daemon=True)
-                             for i in range(THREADS)]
-            for thread in self._threads:
-                thread.start()
-        self._todo.put((rid, text))
-
-    def take(self) -> list[tuple[int, QuartetError | None]]:
-        """What was checked since the last call: the request, and what is wrong."""
-        taken: list[tuple[int, QuartetError | None]] = []
-        while self._done:
-            rid, text, complaint = self._done.popleft()
-            if complaint:
-                taken.append((rid, invalid(f"The grammar cannot be used: {complaint}.")))
-                continue
-            self._known[_digest(text)] = None
-            while len(self._known) > KNOWN:
-                self._known.popitem(last=False)
-            taken.append((rid, None))
-        return taken
-
-    def _run(self) -> None:
-        while True:
-            rid, text = self._todo.get()
-            self._done.append((rid, text, check(text)))
-
-
-def check(text: str) -> str:
-    """What the library finds wrong with a grammar, in one line; "" for a good one."""
-    try:
-        complaint = LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**grammars.LIMITS))
-    except BaseException as error:            # the library turns a panic into a BaseException
-        log.warning("a grammar could not be checked: %s", type(error).__name__)
-        return "it cannot be compiled"
-    if not complaint or LLMatcher.is_validate_warning(complaint):
-        return ""
-    lines = [line.strip() for line in complaint.splitlines() if line.strip(" |^")]
-    last = lines[-1].removeprefix("error: ") if lines and lines[0].startswith("regex parse error") else lines[0]
-    return "".join(char if char.isprintable() else " " for char in last)[:200].rstrip(".") or "it cannot be compiled"
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

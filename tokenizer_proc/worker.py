@@ -46,7 +46,8 @@ from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
 from tokenizer_proc.audio.recordings import Recordings
-from tokenizer_proc.grammar import CHECK_S, GrammarChecker, compiled
+from tokenizer_proc.checker import CHECK_S, GrammarChecker
+from tokenizer_proc.grammar import compiled
 from tokenizer_proc.limits import DeadlinePassed
 from tokenizer_proc.load import TextModel
 from tokenizer_proc.pool import PoolWork, Result

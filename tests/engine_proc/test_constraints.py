@@ -117,16 +117,16 @@ DIGITS = Grammar(grammars.REGEX, "[0-9]{1,30}(,[0-9]{1,30}){0,20}")
 
 def test_neighbours_preemption_and_history_change_nothing(runner: ModelRunner, source: Grammars) -> None:
     """The same request alone, in a batch with free ones, after a pre-emption, and continued from the middle."""
-    options: dict[str, Any] = {"temperature": 1.0, "seed": 11, "max_tokens": 40, "presence_penalty": 0.4,
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 11, "presence_penalty": 0.4,
                                "repetition_penalty": 1.1, "top_p": 0.9}
-    one, two, three = (request(source, DIGITS, **options) for _ in range(3))
+    one, two, three = (request(source, DIGITS, max_tokens=40, **options) for _ in range(3))
     drive(runner, one)
     free = [sequence(next(NUMBERS), PROMPT, 30, temperature=1.0, seed=i) for i in range(3)]
     drive(runner, free[0], two, *free[1:])
     drive(runner, three, preempt_at=9)
     ids = list(one.tokens[one.num_prompt:])
     assert ids == list(two.tokens[two.num_prompt:]) == list(three.tokens[three.num_prompt:])
-    continued = sequence(next(NUMBERS), PROMPT, options.pop("max_tokens"), ids[:15], **options, ignore_eos=False)
+    continued = sequence(next(NUMBERS), PROMPT, 40, ids[:15], **options, ignore_eos=False)
     drive(runner, constrain(source, continued, DIGITS))
     assert list(continued.tokens[continued.num_prompt:]) == ids and continued.finish == one.finish
 

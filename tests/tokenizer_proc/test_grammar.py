@@ -1,7 +1,7 @@
 """Grammars before they reach the engine: what is taken, what is refused by name, and how little a hostile one costs."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,12 +12,14 @@ from frontend.constraints import grammar_of
 from frontend.schema import ChatBody
 from pipeline import grammars
 from pipeline.errors import QuartetError
-from pipeline.grammars import ToolForm
 from pipeline.messages import unpack_ids
 from pipeline.params import Grammar
 from tests.detok_proc import zoo
 from tests.tokenizer_proc import broken
-from tokenizer_proc.grammar import GrammarChecker, check, compiled
+from tests.waiting import until
+from tokenizer_proc.checker import CheckProcess, GrammarChecker
+from tokenizer_proc.grammar import compiled
+from tokenizer_proc.grammar_check import check
 
 TOKENIZER = zoo.byte_level()
 TAG = zoo.token(TOKENIZER, "<tool_call>")
@@ -118,26 +120,33 @@ def test_one_of_is_taken_where_no_two_branches_can_hold(vocabulary: Any) -> None
 
 # ---- tools and reasoning -----------------------------------------------------------------------------------------
 
-def tool(name: str) -> ToolForm:
-    schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
-    return ToolForm(begin=f'<tool_call>\n{{"name": "{name}", "arguments": ', schema=schema, end="}\n</tool_call>")
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+
+
+def calls(*names: str, parallel: bool = True) -> Grammar:
+    """Calls of functions `names`, as the hermes family writes them."""
+    return grammars.structural_tag({
+        "type": "tags_with_separator", "separator": "\n", "at_least_one": True, "stop_after_first": not parallel, "tags": [
+            {"type": "tag", "begin": f'<tool_call>\n{{"name": "{name}", "arguments": ', "end": "}\n</tool_call>",
+             "content": {"type": "json_schema", "json_schema": SCHEMA}} for name in names]})
 
 
 def test_tool_calls_of_a_family(vocabulary: Any) -> None:
     call = '<tool_call>\n{"name": "%s", "arguments": {"x": 1}}\n</tool_call>'
-    several = grammars.tool_calls([tool("f"), tool("g")], separator="\n")
+    several = calls("f", "g")
     assert TAG in TOKENIZER.encode(call).ids, "the tag is a token of this model"
     assert accepts(vocabulary, several, call % "f") and accepts(vocabulary, several, call % "g" + "\n" + call % "f")
     for bad in ("", "hello", call % "h", (call % "f").replace("1", '"1"')):
         assert not accepts(vocabulary, several, bad)
-    single = grammars.tool_calls([tool("f")], parallel=False)
+    single = calls("f", parallel=False)
     assert accepts(vocabulary, single, call % "f") and not accepts(vocabulary, single, call % "f" + call % "f")
 
 
 def test_arguments_as_tags(vocabulary: Any) -> None:
     schema = {"type": "object", "required": ["s"], "properties": {
         "s": {"type": "string"}, "n": {"type": "integer"}, "e": {"type": "string", "enum": ["a", "b"]}}}
-    form = grammars.tool_calls([ToolForm(begin="<function=f>\n", schema=schema, end="</function>", style="qwen_xml")])
+    form = grammars.structural_tag({"type": "tag", "begin": "<function=f>\n", "end": "</function>", "content": {
+        "type": "qwen_xml_parameter", "json_schema": schema}})
     text = "<function=f>\n<parameter=s>\nany <x>\ntext\n</parameter>\n<parameter=n>\n5\n</parameter>\n" \
            "<parameter=e>\nb\n</parameter>\n</function>"
     assert accepts(vocabulary, form, text)
@@ -178,19 +187,36 @@ HOSTILE: dict[str, dict[str, Any]] = {
                    + "r4000 ::= \"c\"\n"}}
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[CheckProcess]:
+    made = CheckProcess()
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_is_answered(name: str) -> None:
-    """Taken or refused, but answered: what each costs is in docs/structured-outputs.md."""
-    error = refusal(HOSTILE[name])
-    assert error is None or error.status == 400
+def test_a_hostile_grammar_is_answered(process: CheckProcess, name: str) -> None:
+    """Taken or refused, even where it kills the process that checks it: what each costs is in the page."""
+    grammar = grammar_of(validate(ChatBody, {**CHAT, **HOSTILE[name]}))
+    assert grammar is not None
+    complaint = process.check(compiled(grammar, TOKENIZER, [5]).text, seconds=60)
+    assert "too long" not in complaint
+    assert process.check("start: \"a\"\n", seconds=60) == ""
+
+
+def test_a_check_that_does_not_end_is_cut_short(process: CheckProcess) -> None:
+    assert process.check("start: \"a\"\n", seconds=60) == ""
+    assert "too long" in process.check("start: \"a\"\n" + "x: \"b\"\n" * 20_000, seconds=0.0)
+    assert process.check("start: \"a\"\n", seconds=60) == ""
 
 
 def test_what_was_found_good_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenizer_proc.grammar.KNOWN", 3)
-    checker = GrammarChecker(threaded=False)
-    for i in range(5):
-        checker.submit(i, f'start: "{i}"\n')
-    checker.submit(9, "start: nothing\n")
-    assert [error is None for _, error in checker.take()] == [True] * 5 + [False]
+    monkeypatch.setattr("tokenizer_proc.checker.KNOWN", 3)
+    checker = GrammarChecker()
+    found: dict[int, bool] = {}
+    for i in range(6):
+        checker.submit(i, f'start: "{i}"\n' if i < 5 else "start: nothing\n")
+        until(lambda i=i: found.update((rid, error is None) for rid, error in checker.take()) or i in found, 60, "a check")
+    assert [found[i] for i in range(6)] == [True] * 5 + [False]
     assert [checker.knows(f'start: "{i}"\n') for i in range(5)] == [False, False, True, True, True]
     assert not checker.knows("start: nothing\n")

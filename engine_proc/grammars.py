@@ -132,7 +132,7 @@ class Grammars:
         if found is not None:
             self._cache.move_to_end(key)
             return found[0]
-        matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LLParserLimits(**LIMITS))
+        matcher = LLMatcher(vocabulary.tokenizer, text, log_level=0, limits=LLParserLimits(**dict[str, Any](LIMITS)))
         if matcher.is_error():
             raise failure("The grammar of this request cannot be used with this model: "
                           + matcher.get_error().splitlines()[0][:200], param)

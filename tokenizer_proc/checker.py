@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 from pipeline.errors import QuartetError, invalid
 from tokenizer_proc.grammar_check import NOT_COMPILED, frame, read_frame
@@ -23,6 +25,11 @@ CHECK_S = 3.0                        # of one grammar
 KNOWN = 4096                         # digests of grammars that are good
 THREADS = 2                          # one hostile grammar does not hold up the next
 log = logging.getLogger(__name__)
+
+
+class Checks(Protocol):
+    def check(self, text: str) -> str:
+        """What is wrong with a grammar; "" for a good one."""
 
 
 class CheckProcess:
@@ -71,9 +78,10 @@ class CheckProcess:
 
 
 class GrammarChecker:
-    """Takes grammars and gives back what was found; nothing here blocks its caller."""
+    """Takes grammars and gives back what was found; nothing here blocks its caller. `start` makes what checks."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: Callable[[], Checks] = CheckProcess) -> None:
+        self._start = start
         self._todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._done: deque[tuple[int, str, str]] = deque()
         self._threads: list[threading.Thread] = []
@@ -110,7 +118,7 @@ class GrammarChecker:
         return taken
 
     def _run(self) -> None:
-        process = CheckProcess()
+        process = self._start()
         while True:
             rid, text = self._todo.get()
             try:

@@ -11,14 +11,14 @@ import resource
 import struct
 import sys
 import threading
-from typing import BinaryIO
+from typing import IO, Any
 
 from llguidance import LLMatcher, LLParserLimits
 
 from pipeline.grammars import LIMITS
 from pipeline.parent import die_with
 
-STACK_BYTES = 2 * 2**20
+STACK_BYTES = 16 * 2**20
 MEMORY_BYTES = 2 * 2**30
 NOT_COMPILED = "it cannot be compiled"
 
@@ -26,10 +26,10 @@ NOT_COMPILED = "it cannot be compiled"
 def check(text: str) -> str:
     """What the library finds wrong with a grammar, in one line; "" for a good one."""
     try:
-        complaint = LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**LIMITS))
+        complaint = LLMatcher.validate_grammar(text, None, limits=LLParserLimits(**dict[str, Any](LIMITS)))
     except BaseException:                     # the library turns a panic into a BaseException
         return NOT_COMPILED
-    if not complaint or LLMatcher.is_validate_warning(complaint):
+    if not complaint or complaint.startswith("WARNING"):
         return ""
     lines = [line.strip() for line in complaint.splitlines() if line.strip(" |^")]
     last = lines[-1].removeprefix("error: ") if lines and lines[0].startswith("regex parse error") else lines[0]
@@ -41,7 +41,7 @@ def frame(text: str) -> bytes:
     return struct.pack("<I", len(data)) + data
 
 
-def read_frame(stream: BinaryIO) -> str | None:
+def read_frame(stream: IO[bytes]) -> str | None:
     """The next text; None at the end."""
     head = stream.read(4)
     if len(head) < 4:

@@ -68,6 +68,9 @@ def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
             made[key] = {name: _rewritten(item, root, closed) for name, item in made[key].items()}
     if closed and isinstance(made.get("properties"), dict):
         made.setdefault("additionalProperties", False)
+    multiple = made.get("multipleOf", 1)
+    if isinstance(multiple, (int, float)) and multiple <= 0:
+        raise Unusable("'multipleOf' of a JSON schema must be above 0.")
     branches = made.get("oneOf")
     if isinstance(branches, list):
         if not disjoint(branches, root):
@@ -83,28 +86,24 @@ def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
 
 def disjoint(branches: list[Any], root: Schema) -> bool:
     """Whether no value can be valid under two of `branches`: they differ in type, or in a required constant."""
-    facts = [_resolve(branch, root) for branch in branches]
-    if len(facts) > 1 and not all(isinstance(fact, dict) for fact in facts):
-        return False
-    kinds = [_kinds(fact) for fact in facts]
-    if _apart(kinds):
+    resolved = [_resolve(branch, root) for branch in branches]
+    return all(isinstance(branch, dict) for branch in resolved) and all(
+        _apart(one, other, root) for i, one in enumerate(resolved) for other in resolved[:i])
+
+
+def _apart(one: Schema, other: Schema, root: Schema) -> bool:
+    if not _kinds(one) & _kinds(other):
         return True
-    values = [_values(fact) for fact in facts]
-    if all(values) and _apart(values):
+    values = _values(one), _values(other)
+    if all(values) and not values[0] & values[1]:
         return True
-    if any(kind != {"object"} for kind in kinds):
+    if _kinds(one) | _kinds(other) != {"object"}:
         return False
-    names = set.intersection(*(set(_strings(fact.get("required"))) for fact in facts))
-    for name in names:
-        found = [_values(_resolve(_property(fact, name), root)) for fact in facts]
-        if all(found) and _apart(found):
+    for name in {*_strings(one.get("required"))} & {*_strings(other.get("required"))}:
+        found = [_values(_resolve(_property(branch, name), root)) for branch in (one, other)]
+        if all(found) and not found[0] & found[1]:
             return True
     return False
-
-
-def _apart(sets: list[set[Any]]) -> bool:
-    """Whether no two of the sets share a member."""
-    return sum(map(len, sets)) == len(set().union(*sets))
 
 
 def _resolve(schema: Any, root: Schema) -> Any:

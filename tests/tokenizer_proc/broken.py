@@ -36,23 +36,23 @@ SCHEMAS: tuple[Any, ...] = (
     {"oneOf": "x"}, {"oneOf": []}, {"additionalProperties": 7, "type": "object"}, {"type": "null", "const": 3},
     False, {"type": "string", "maxLength": -1}, {"type": "object", "properties": {"a": {"enum": {}}}})
 REGEXES = (
-    "(", ")", "[", "[a", "a**", "*", "+a", "?", "a{2,1}", "a{,", "(?", "(?P<", "(?=a)b", "(?!a)b", "(?<=a)b", "(?<!a)b",
-    r"(a)\1", r"(?P<x>a)(?P=x)", r"\b", r"a\B", r"\p{Nope}", r"\x", r"\u12", "[z-a]", "[[:nope:]]", "a" + "(" * 400,
+    "(", ")", "[", "[a", "*", "+a", "?", "a{2,1}", "a{,", "(?", "(?P<", "(?=a)b", "(?!a)b", "(?<=a)b", "(?<!a)b",
+    r"(a)\1", r"(?P<x>a)(?P=x)", r"\b", r"a\B", r"\p{Nope}", r"\x", r"\u12", "[z-a]", "a" + "(" * 400,
     "(" * 30000 + "a" + ")" * 30000, "\0", "a\0b", "(a{1000}){1000}{1000}{1000}(?=x)", r"\8", "(?z)a", "a|*", "[]")
 GRAMMARS = (
-    "start: foo", "start:", "start", "s: \"a\"", "start: \"a", "start: /a", "start: (\"a\"", "start: \"a\"\nstart: \"b\"",
+    "start: foo", "start", "s: \"a\"", "start: \"a", "start: /a", "start: (\"a\"", "start: \"a\"\nstart: \"b\"",
     "start: a\na: b\nb: c", "%import nothing.at.all\nstart: X", "start: \"a\"{3,1}", "start: /(?=a)/", "start: %json {",
     "start: %json {\"type\": \"foo\"}", "start: @missing", "start: " + "(" * 5000 + "\"a\"" + ")" * 5000, "???", "\0",
     "root ::= foo", "::=", "root ::= \"a", "root ::= (", "root ::= )", "x ::= \"a\"", "root ::= \"a\"\nroot ::= \"b\"",
     "root ::= [a", "root ::= []", "root ::= \"a\"{3,1}", "root ::= \"\\uD800\"", "root ::= \"\\U00110000\"",
     "root ::= [z-a]", "root ::= " + "(" * 5000 + "\"a\"" + ")" * 5000, "root ::= \"a\" |* \"b\"", "root ::= ** \"a\"",
-    "root ::= \"a\" ;", "1root ::= \"a\"", "root ::= a::=")
+    "root ::= \"a\" ;", "1root ::= \"a\"")
 TAG = {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": {}}, "end": "</a>"}
 FORMATS: tuple[Any, ...] = (
     {}, {"type": "nope"}, {"type": 5}, {"type": "const_string"}, {"type": "const_string", "value": 5},
     {"type": "json_schema", "json_schema": {"type": "foo"}}, {"type": "json_schema", "json_schema": 5},
     {"type": "json_schema", "json_schema": {}, "style": "nope"}, {"type": "regex"}, {"type": "regex", "pattern": "("},
-    {"type": "grammar", "grammar": "root ::="}, {"type": "grammar", "grammar": "start: foo"}, {"type": "sequence"},
+    {"type": "grammar", "grammar": "root ::= ("}, {"type": "grammar", "grammar": "start: foo"}, {"type": "sequence"},
     {"type": "sequence", "elements": []}, {"type": "sequence", "elements": [5]}, {"type": "or", "elements": []},
     {"type": "sequence", "elements": [{"type": "any_text"}, {"type": "regex", "pattern": "a"}]}, {**TAG, "begin": 5},
     {**TAG, "end": 5}, {**TAG, "end": [5]}, {**TAG, "content": None}, {"type": "any_text", "excludes": ["x"]},

@@ -94,10 +94,10 @@ def test_everything_broken_is_a_400_that_names_its_parameter() -> None:
         {"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"},
         {"begin": "<f=b>", "schema": {"type": "null"}, "end": "</f>"}]}}, "so: <f=a>5</f> and <f=b>null</f>.", "so: <f=c>"),
     ({"response_format": {"type": "structural_tag", "format": {"type": "sequence", "elements": [
-        {"type": "tag", "begin": "<s>", "content": {"type": "any_text"}, "end": "</s>"},
+        {"type": "tag", "begin": "<q>", "content": {"type": "any_text"}, "end": "</q>"},
         {"type": "or", "elements": [{"type": "regex", "pattern": "[0-9]+"}, {"type": "const_string", "value": "none"}]},
         {"type": "optional", "content": {"type": "grammar", "grammar": 'root ::= "!" "?"*'}}]}}},
-     "<s>any\n<b></s>17!??", "<s></s>x")])
+     "<q>any\n<b></q>17!??", "<q></q>x")])
 def test_constraints_mean_what_they_say(vocabulary: Any, fields: dict[str, Any], good: str, bad: str) -> None:
     grammar = grammar_of(validate(ChatBody, {**CHAT, **fields}))
     assert grammar is not None
@@ -187,7 +187,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
                    + "r4000 ::= \"c\"\n"}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def process() -> Iterator[CheckProcess]:
     made = CheckProcess()
     yield made
@@ -210,9 +210,16 @@ def test_a_check_that_does_not_end_is_cut_short(process: CheckProcess) -> None:
     assert process.check("start: \"a\"\n", seconds=60) == ""
 
 
+class Inline:
+    """Checks without a process."""
+
+    def check(self, text: str) -> str:
+        return check(text)
+
+
 def test_what_was_found_good_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenizer_proc.checker.KNOWN", 3)
-    checker = GrammarChecker()
+    checker = GrammarChecker(Inline)
     found: dict[int, bool] = {}
     for i in range(6):
         checker.submit(i, f'start: "{i}"\n' if i < 5 else "start: nothing\n")

@@ -139,6 +139,7 @@ def plan(tools: list[Tool] | None, choice: ToolChoice | None, parallel: bool, mo
     parser = model.tool_parser
     if mode == "required" and parser not in forced.FORMS:
         parser = GENERIC
+    parallel = parallel and not isinstance(choice, NamedChoice)          # who names a tool wants that one call
     made = ToolPlan(tools=tools, required=mode == "required", parallel=parallel, tools_json=_template_json(tools),
                     parser=parser)
     if parser:

@@ -97,6 +97,7 @@ def test_calls_that_must_come_are_a_grammar_in_the_format_of_the_family() -> Non
             assert ask.spec.detok.tool_parser == ("hermes" if family == "hermes" else "json")
         assert seen(required) == ["get_weather", "now", "save"] and seen(one) == ["now"]
         assert "get_weather" not in one.spec.sampling.grammar.text
+        assert [ask.spec.detok.max_calls for ask in (required, one)] == [0, 1]
         assert chat(server, tools=TOOLS).spec.sampling.grammar is None
     assert refused(chat, tools=TOOLS, tool_choice="required", use_beam_search=True, n=2).param == "tool_choice"
 

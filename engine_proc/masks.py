@@ -1,4 +1,4 @@
-"""Keeps constrained rows of logits to what their grammars allow: bits of the matchers, one masked fill over the rows.
+"""Keeps constrained rows of logits to what their grammars allow: bits of the matchers over their rows.
 
 Engine process, used by the runner. Free rows are not touched, and a step without constrained rows costs a look at its
 items. What is masked is minus infinity before anything else is done with it, so that log-probabilities, penalties and
@@ -24,12 +24,13 @@ class Masks:
 
     def apply(self, logits: torch.Tensor) -> None:
         """Mask rows of `logits`, float32 [R, V], in place."""
-        forbidden = torch.from_numpy(self.forbidden).to(logits.device)
-        if len(self.which) == len(logits):
-            logits.masked_fill_(forbidden, float("-inf"))
-        else:
-            index = torch.from_numpy(self.which).to(logits.device)
-            logits[index] = logits[index].masked_fill_(forbidden, float("-inf"))
+        if logits.device.type == "cpu":                 # in place row by row: copies of rows cost more than the masks
+            rows = logits.numpy()
+            for row, forbidden in zip(self.which.tolist(), self.forbidden):
+                np.copyto(rows[row], np.float32(-np.inf), where=forbidden)
+            return
+        index = torch.from_numpy(self.which).to(logits.device)
+        logits[index] = logits[index].masked_fill_(torch.from_numpy(self.forbidden).to(logits.device), float("-inf"))
 
 
 def masks(seqs: Many[Sequence], vocab: int) -> Masks | None:

@@ -132,7 +132,7 @@ class _Parser:
             raise self._wrong("a character class has no end")
         body = match.group()[1:-1]
         negated = body.startswith("^")
-        parts, at = [], int(negated)
+        parts, at = list[str](), int(negated)
         while at < len(body):
             escape = _ESCAPE.match(body, at)
             char, at = (self._char(escape), escape.end()) if escape is not None else (body[at], at + 1)

@@ -18,6 +18,7 @@ from frontend import answers, params
 from frontend.admission import estimate_tokens
 from frontend.bodies import parse_object, validate
 from frontend.call import Call
+from frontend.collector import Update
 from frontend.ingress import Ingress, json_response
 from frontend.load_report import LOAD_ASKED, LOAD_GIVEN, load_report
 from frontend.params import Ask
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from frontend.server import Frontend
 
 Body = Callable[[Ask, Request, dict[str, Any]], dict[str, Any]]
-Chunks = Callable[[Ask, Request, dict[str, Any]], Events]
+Chunks = Callable[[Ask, Request, dict[str, Any]], Events[Update]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Generate:
         news = asyncio.Event()
         request = open_request(frontend, ask, len(call.body), news.set)
         call.body = b""
-        stream: Stream | None = None
+        stream: Stream[Update] | None = None
         try:
             self._log.received(call.request_id, ask)
             label = call.request_id if call.labelled or job.label is None else job.label

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from frontend.collector import Update
@@ -39,7 +40,7 @@ class RequestLog:
         if self._config.outputs:
             self.write(request_id, dump(body["choices"]).decode("utf-8", "replace"))
 
-    def streamed(self, request_id: str, events: Events) -> Events:
+    def streamed(self, request_id: str, events: Events[Update]) -> Events[Update]:
         """`events`, whose texts are written when their stream is complete."""
         return Overheard(self, request_id, events, self._config.max_len) if self._config.outputs else events
 
@@ -60,11 +61,11 @@ class RequestLog:
 class Overheard:
     """Events whose texts are kept, up to a limit per choice."""
 
-    def __init__(self, written: RequestLog, request_id: str, events: Events, limit: int) -> None:
+    def __init__(self, written: RequestLog, request_id: str, events: Events[Update], limit: int) -> None:
         self._log, self._request_id, self._events, self._limit = written, request_id, events, limit
         self._texts: dict[int, str] = {}
 
-    def events(self, updates: list[Update]) -> bytes:
+    def events(self, updates: Sequence[Update]) -> bytes:
         for update in updates:
             known = self._texts.get(update.index, "")
             self._texts[update.index] = known + update.text[:max(0, self._limit - len(known))]

@@ -20,7 +20,7 @@ from frontend.speech_params import SpeechAsk
 from frontend.streaming import Stream
 from frontend.upload import OVERHEAD, Spool, receive
 from pipeline.errors import QuartetError
-from pipeline.messages import AbortReason
+from pipeline.messages import AbortReason, Transcribed
 
 if TYPE_CHECKING:
     from frontend.server import Frontend
@@ -63,7 +63,7 @@ class Speech:
     async def _computed(self, call: Call, ask: SpeechAsk) -> HTTPResponse | None:
         frontend, news = self._frontend, asyncio.Event()
         request = frontend.table.record(ask.spec, news.set)
-        stream: Stream | None = None
+        stream: Stream[Transcribed] | None = None
         try:
             if ask.stream:
                 label = call.request_id if call.labelled or ask.label is None else ask.label

@@ -5,7 +5,7 @@ Run by the frontend; pure functions of the windows that came back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from frontend.recordings import RecordingRequest
@@ -89,7 +89,7 @@ class SpeechStream:
         self._parts: list[str] = []
         self._seconds, self._tokens = 0.0, 0
 
-    def events(self, updates: list[Transcribed]) -> bytes:
+    def events(self, updates: Sequence[Transcribed]) -> bytes:
         data = b""
         for window in updates:
             self._seconds = window.start_s + window.seconds

@@ -7,7 +7,7 @@ where usage was asked for; `[DONE]` only after a complete answer. Run by the fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from frontend import logprobs
 from frontend.answers import shown_prompt_logprobs
@@ -22,10 +22,13 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Events(Protocol):
+News = TypeVar("News", contravariant=True)
+
+
+class Events(Protocol[News]):
     """What a stream sends."""
 
-    def events(self, updates: list[Update]) -> bytes:
+    def events(self, updates: Sequence[News]) -> bytes:
         """The events for these updates; empty where there is nothing to show yet."""
 
     def end(self) -> bytes:
@@ -84,7 +87,7 @@ class ChatStream(_Stream):
         self._role_name = dump_ascii(ask.role)
         self._turns = [Turn(ask, choice.index) for choice in request.choices]
 
-    def events(self, updates: list[Update]) -> bytes:
+    def events(self, updates: Sequence[Update]) -> bytes:
         parts: list[str] = []
         for update in updates:
             choice = self._request.choices[update.index]
@@ -142,7 +145,7 @@ class CompletionStream(_Stream):
         super().__init__("text_completion", ask, request, identity)
         self._logprobs = [logprobs.CompletionLogprobs(ask.tokens_as_ids) for _ in request.choices]
 
-    def events(self, updates: list[Update]) -> bytes:
+    def events(self, updates: Sequence[Update]) -> bytes:
         parts = []
         for update in updates:
             choice, first = self._request.choices[update.index], self._first(update)

@@ -7,22 +7,36 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from frontend.call import Call
-from frontend.request import Request
 from frontend.sse import KEEP_ALIVE, Events
 from frontend.wire import error_event
 from pipeline.config import HttpConfig
+from pipeline.errors import QuartetError
 from pipeline.messages import AbortReason
 
 CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
-class Stream:
+News = TypeVar("News")
+
+
+class Source(Protocol[News]):
+    """A request as its stream sees it."""
+
+    error: QuartetError | None
+
+    @property
+    def done(self) -> bool: ...
+
+    def take(self) -> list[News]: ...
+
+
+class Stream(Generic[News]):
     """Sends the answer of one request as events."""
 
-    def __init__(self, call: Call, request: Request, news: asyncio.Event, events: Events, http: HttpConfig,
+    def __init__(self, call: Call, request: Source[News], news: asyncio.Event, events: Events[News], http: HttpConfig,
                  headers: Callable[[Call], dict[str, str]]) -> None:
         self._call, self._request, self._news, self._events = call, request, news, events
         self._http, self._headers = http, headers

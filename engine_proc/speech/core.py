@@ -44,7 +44,9 @@ class WindowRunner(Runner, Protocol):
     """What the core asks of a speech runner beside steps."""
 
     vocabulary: Vocabulary
-    num_free: int
+
+    @property
+    def num_free(self) -> int: ...
 
     def encode(self, windows: list[Window]) -> None: ...
     def let_go(self, window: Window) -> None: ...

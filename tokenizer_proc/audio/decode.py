@@ -13,6 +13,7 @@ import av
 import numpy as np
 import soundfile
 import soxr
+from av.container import InputContainer
 
 RATE = 16_000
 CHUNK = 65_536                       # frames of a file that are decoded at once
@@ -120,6 +121,7 @@ def _by_ffmpeg(path: Path, demuxer: str) -> Iterator[tuple[int, np.ndarray]]:
         # The file is opened here, so that FFmpeg is given bytes and no name to interpret.
         with path.open("rb") as raw, av.open(
                 raw, format=demuxer, options={"protocol_whitelist": ""}, metadata_errors="replace") as container:
+            assert isinstance(container, InputContainer)
             if not container.streams.audio:
                 raise BadAudio("The file has no audio track.")
             track = container.streams.audio[0]

@@ -8,6 +8,7 @@ import pytest
 from openai import OpenAI
 
 MODEL = "smollm2"
+ALIAS = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = "Once upon a time, in a small village by the sea,"
 
@@ -111,7 +112,7 @@ def test_tokens_in_and_out(client: OpenAI, smollm) -> None:
 
 def test_models_are_listed_with_their_context(client: OpenAI) -> None:
     listed = client.models.list().data
-    assert [m.id for m in listed] == [MODEL] and listed[0].max_model_len == 8192
+    assert [m.id for m in listed] == [MODEL, ALIAS] and listed[0].max_model_len == 8192
     assert client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")

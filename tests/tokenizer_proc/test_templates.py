@@ -209,7 +209,7 @@ def test_our_chatml_shows_tools_calls_and_results(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama2", "alpaca", "vicuna", "zephyr"])
 def test_a_role_that_a_template_does_not_know_is_an_error_not_a_gap(tmp_path: Path, name: str) -> None:
     with pytest.raises(QuartetError, match="system, user and assistant"):
-        rendered(tmp_path, name, USER, {"role": "tool", "tool_call_id": "1", "content": "42"})
+        rendered(tmp_path, name, USER, {"role": "critic", "content": "42"})
 
 
 def test_our_templates_are_plain_jinja() -> None:

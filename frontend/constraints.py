@@ -27,7 +27,7 @@ Whitespace = Annotated[str, Field(max_length=MAX_WHITESPACE)]
 
 
 class JsonSchemaFormat(Body):
-    """`response_format.json_schema`. The schema always holds, whatever `strict` says."""
+    """`response_format.json_schema`. The schema always holds; `strict: false` allows properties that it does not name."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     description: str | None = None
@@ -88,7 +88,7 @@ def grammar_of(body: Constrained) -> Grammar | None:
     grammar = wanted or other
     if grammar is not None:
         if wanted is not None and other is not None:
-            grammar.whitespace, grammar.closed = other.whitespace, other.closed
+            grammar.whitespace, grammar.closed, grammar.open = other.whitespace, other.closed, other.open
         if len(grammar.text.encode("utf-8", "surrogatepass")) > MAX_GRAMMAR_BYTES:
             raise invalid(f"'{grammar.param}' is larger than {MAX_GRAMMAR_BYTES} bytes.", grammar.param)
     return grammar
@@ -104,7 +104,8 @@ def _response_format(form: ResponseFormat | None) -> Grammar | None:
             raise QuartetError("invalid_request", "The parameter 'response_format.json_schema' is required.",
                                "response_format.json_schema")
         schema = form.json_schema.json_schema
-        return grammars.json_schema(_schema({} if schema is None else schema, "response_format"))
+        additional = True if form.json_schema.strict is False else None
+        return grammars.json_schema(_schema({} if schema is None else schema, "response_format"), additional=additional)
     if form.format is None and (form.structures is None or form.triggers is None):
         raise invalid("A 'response_format' of type 'structural_tag' needs 'format', or 'structures' and 'triggers'.",
                       "response_format")
@@ -131,7 +132,7 @@ def _structured(form: StructuredOutputs | None) -> Grammar | None:
                           "structured_outputs.whitespace_pattern")
         whitespace = ""
     return _grammar(name, value, f"structured_outputs.{name}", whitespace, "structured_outputs.whitespace_pattern",
-                    bool(form.disable_additional_properties))
+                    None if form.disable_additional_properties is None else not form.disable_additional_properties)
 
 
 def _guided(body: Constrained) -> Grammar | None:
@@ -146,14 +147,15 @@ def _guided(body: Constrained) -> Grammar | None:
     if len(given) > 1:
         raise invalid("Only one of the 'guided_' parameters can be used.", f"guided_{list(given)[1]}")
     (name, value), = given.items()
-    return _grammar(name, value, f"guided_{name}", whitespace, "guided_whitespace_pattern", False)
+    return _grammar(name, value, f"guided_{name}", whitespace, "guided_whitespace_pattern")
 
 
-def _grammar(name: str, value: Any, param: str, whitespace: str | None, whitespace_param: str, closed: bool) -> Grammar:
+def _grammar(name: str, value: Any, param: str, whitespace: str | None, whitespace_param: str,
+             additional: bool | None = None) -> Grammar:
     if whitespace is not None and _BLANK.sub("", whitespace):
         raise invalid(f"'{whitespace_param}' must be a regular expression of white space.", whitespace_param)
     if name == "json":
-        grammar = grammars.json_schema(_schema(value, param), whitespace, closed)
+        grammar = grammars.json_schema(_schema(value, param), whitespace, additional)
     elif name == "json_object":
         grammar = grammars.json_object(whitespace)
     elif name == "choice":

@@ -33,9 +33,13 @@ def dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def json_schema(schema: Any, whitespace: str | None = None, closed: bool = False) -> Grammar:
-    """Any JSON value that is valid under `schema`, a JSON value itself."""
-    return Grammar(JSON_SCHEMA, dump(schema), whitespace=whitespace, closed=closed)
+def json_schema(schema: Any, whitespace: str | None = None, additional: bool | None = None) -> Grammar:
+    """Any JSON value that is valid under `schema`, a JSON value itself.
+
+    `additional`: whether objects may have properties that the schema does not name, where it does not say so itself;
+    None: only where it puts objects together from parts that do not know of each other.
+    """
+    return Grammar(JSON_SCHEMA, dump(schema), whitespace=whitespace, closed=additional is False, open=additional is True)
 
 
 def json_object(whitespace: str | None = None) -> Grammar:

@@ -35,6 +35,7 @@ class Grammar:
     whitespace: str | None = None       # JSON: regex of white space between tokens; "": none; None: a little
     closed: bool = False                # JSON: objects have no properties but those that the schema names
     param: str = "response_format"      # the parameter that asked for it, for errors
+    open: bool = False                  # JSON: objects that do not say so may have more properties; else where schemas combine
 
 
 @dataclass(slots=True)

@@ -87,9 +87,9 @@ def convert(grammar: Grammar, tokens: Mapping[str, int]) -> str:
     """The library's text of a grammar of any kind. Unusable, ValueError or RecursionError for a bad one."""
     kind, text = grammar.kind, grammar.text
     if kind == grammars.JSON_SCHEMA:
-        return _schema(prepare(json.loads(text), grammar.whitespace, grammar.closed))
+        return _schema(prepare(json.loads(text), grammar.whitespace, grammar.closed, grammar.open))
     if kind == grammars.JSON_OBJECT:
-        return _schema(prepare({"type": "object"}, grammar.whitespace, False))
+        return _schema(prepare({"type": "object"}, grammar.whitespace))
     if kind == grammars.REGEX:
         if "\0" in text:
             raise Unusable("The pattern holds a NUL character.")

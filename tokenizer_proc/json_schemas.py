@@ -16,6 +16,8 @@ _ONE = ("items", "additionalProperties", "additionalItems", "not", "if", "then",
         "unevaluatedProperties", "unevaluatedItems")
 _MANY = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_JOINING = frozenset(("if", "dependentSchemas", "unevaluatedProperties"))
+_BRANCHES = frozenset(("anyOf", "oneOf", "allOf", "$ref"))
 _TYPES = frozenset(("null", "boolean", "object", "array", "number", "string", "integer"))
 Schema = dict[str, Any]
 
@@ -40,8 +42,12 @@ def check_size(value: Any) -> None:
         level = below
 
 
-def prepare(schema: Any, whitespace: str | None, closed: bool) -> Schema:
-    """A schema for the library, with our options. Unusable where it cannot be honoured."""
+def prepare(schema: Any, whitespace: str | None, closed: bool = False, open_: bool = False) -> Schema:
+    """A schema for the library, with our options. Unusable where it cannot be honoured.
+
+    Objects that name their properties and say nothing of others have no others (a model would add them for ever): always
+    if `closed`, never if `open_`, else unless the schema puts objects together (`joins`), which closing could empty.
+    """
     check_size(schema)
     if schema is True:
         schema = {}
@@ -50,7 +56,26 @@ def prepare(schema: Any, whitespace: str | None, closed: bool) -> Schema:
     options: dict[str, Any] = {"whitespace_flexible": False}
     if whitespace != "":
         options = {"whitespace_pattern": WHITESPACE if whitespace is None else whitespace}
+    closed = closed or not open_ and not joins(schema)
     return {**_rewritten(schema, schema, closed), "x-guidance": options}
+
+
+def joins(schema: Any) -> bool:
+    """Whether any object of `schema` is to be valid under several parts, each of which names properties."""
+    level = [schema]
+    while level:
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                parts = item.get("allOf")
+                if isinstance(parts, list) and len(parts) > 1 or item.keys() & _JOINING or (
+                        "properties" in item and item.keys() & _BRANCHES) or len(item.keys() & _BRANCHES) > 1:
+                    return True
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+        level = below
+    return False
 
 
 def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
@@ -66,7 +91,8 @@ def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
     for key in _NAMED:
         if isinstance(made.get(key), dict):
             made[key] = {name: _rewritten(item, root, closed) for name, item in made[key].items()}
-    if closed and isinstance(made.get("properties"), dict):
+    named = made.get("properties")
+    if closed and isinstance(named, dict) and {*_strings(made.get("required"))} <= named.keys():
         made.setdefault("additionalProperties", False)
     multiple = made.get("multipleOf", 1)
     if isinstance(multiple, (int, float)) and multiple <= 0:

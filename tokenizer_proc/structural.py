@@ -66,10 +66,10 @@ class StructuralTag:
     def _json(self, form: Form) -> str:
         style, schema = form.get("style", "json"), form.get("json_schema", {})
         if style == "json":
-            return f"%json {dump(prepare(schema, self._whitespace, False))}"
+            return f"%json {dump(prepare(schema, self._whitespace))}"
         if style not in _XML:
             raise Unusable(f"Structural tags have no style '{str(style)[:40]}'.")
-        return self._parameters(prepare(schema, self._whitespace, False), *_XML[style])
+        return self._parameters(prepare(schema, self._whitespace), *_XML[style])
 
     def _parameters(self, schema: Form, before: str, between: str, after: str) -> str:
         """Arguments as tags: before NAME between VALUE after, in the order of the schema."""

@@ -86,6 +86,18 @@ def test_everything_broken_is_a_400_that_names_its_parameter() -> None:
     ({"structured_outputs": {"json": {"type": "array"}, "whitespace_pattern": " {1,3}"}}, "[1,   2]", "[1,\n2]"),
     ({"structured_outputs": {"json": {"type": "object", "properties": {"a": {}}}, "disable_additional_properties": True}},
      '{"a":1}', '{"b":1}'),
+    ({"structured_outputs": {"json": {"type": "object", "properties": {"a": {}}}, "disable_additional_properties": False}},
+     '{"b":1}', "[]"),
+    ({"structured_outputs": {"json": {"type": "object", "properties": {"a": {}}}}}, '{"a":1}', '{"b":1}'),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": False, "schema": {
+        "type": "object", "properties": {"a": {"type": "integer"}}}}}}, '{"b": 5}', '{"a": "x"}'),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {
+        "type": "object", "properties": {"a": {"type": "integer"}}}}}}, '{"a": 5}', '{"b": 5}'),
+    ({"guided_json": {"anyOf": [{"type": "object", "properties": {"a": {}}}, {"type": "null"}]}}, '{"a": 1}', '{"b": 1}'),
+    ({"guided_json": {"allOf": [{"type": "object", "properties": {"a": {}}, "required": ["a"]},
+                                {"type": "object", "properties": {"b": {}}, "required": ["b"]}]}},
+     '{"a": 1, "b": 2}', '{"a": 1}'),
+    ({"guided_json": {"type": "object", "properties": {"a": {}}, "required": ["a", "b"]}}, '{"a": 1, "b": 2}', '{"a": 1}'),
     ({"guided_json": {"const": 5}}, "5", "6"), ({"guided_regex": "x|y"}, "y", "z"), ({"guided_choice": ["q"]}, "q", "r"),
     ({"guided_grammar": 'root ::= "q"'}, "q", "r"),
     ({"structured_outputs": {"structural_tag": {"type": "structural_tag", "format": {

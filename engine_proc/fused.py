@@ -100,6 +100,10 @@ class FusedDecoder:
             logits = torch.tanh(logits / self._arch.logit_softcap) * self._arch.logit_softcap
         return logits
 
+    def mask(self, logits: torch.Tensor, which: torch.Tensor, allowed: torch.Tensor) -> None:
+        """See `Kernels.mask`."""
+        self._kernels.mask(logits, which, allowed)
+
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best token of each row, int64 [R], and whether its logit is a number, bool [R]."""
         tokens, _, nan = self._kernels.argmax(logits)

@@ -6,31 +6,30 @@ filters see what the grammar left.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from engine_proc.kernels import reference
 from engine_proc.request import Sequence
+
+Mask = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]      # Kernels.mask
 
 
 @dataclass(slots=True)
 class Masks:
-    """What is forbidden in some rows of one step."""
+    """What is allowed in some rows of one step."""
 
     which: np.ndarray                   # int64 [n]: the rows, in order
-    forbidden: np.ndarray               # bool [n, V]
+    allowed: np.ndarray                 # int32 [n, words]: a bit for each id, lowest first
 
-    def apply(self, logits: torch.Tensor) -> None:
-        """Mask rows of `logits`, float32 [R, V], in place."""
-        if logits.device.type == "cpu":                 # in place row by row: copies of rows cost more than the masks
-            rows = logits.numpy()
-            for row, forbidden in zip(self.which.tolist(), self.forbidden):
-                np.copyto(rows[row], np.float32(-np.inf), where=forbidden)
-            return
-        index = torch.from_numpy(self.which).to(logits.device)
-        logits[index] = logits[index].masked_fill_(torch.from_numpy(self.forbidden).to(logits.device), float("-inf"))
+    def apply(self, logits: torch.Tensor, mask: Mask | None = None) -> None:
+        """Mask rows of `logits`, float32 [R, V], in place. `mask`: a faster way of the model's."""
+        which, allowed = (torch.from_numpy(array).to(logits.device) for array in (self.which, self.allowed))
+        (mask or reference.mask)(logits, which, allowed)
 
 
 def masks(seqs: Many[Sequence], vocab: int) -> Masks | None:
@@ -38,13 +37,14 @@ def masks(seqs: Many[Sequence], vocab: int) -> Masks | None:
 
     A grammar that fails here allows nothing; the failure ends its sequence when the step is collected.
     """
-    which, allowed = [], []
-    for row, seq in enumerate(seqs):
-        rule = seq.constraint
-        if rule is not None and rule.rules:
-            which.append(row)
-            allowed.append(rule.allowed(vocab, rule.unwelcome(seq.sampling, seq.stops, seq.num_output, vocab)))
-    return Masks(np.array(which, np.int64), ~np.stack(allowed)) if which else None
+    ruled = [(row, seq, seq.constraint) for row, seq in enumerate(seqs) if seq.constraint is not None]
+    ruled = [each for each in ruled if each[2].rules]
+    if not ruled:
+        return None
+    allowed = np.empty((len(ruled), ruled[0][2].words), np.int32)
+    for bits, (_, seq, rule) in zip(allowed, ruled):
+        rule.allow(bits, vocab, rule.unwelcome(seq.sampling, seq.stops, seq.num_output))
+    return Masks(np.array([row for row, _, _ in ruled], np.int64), allowed)
 
 
 def without_ends(seqs: Many[Sequence], banned: list[tuple[int, np.ndarray]],
@@ -53,7 +53,7 @@ def without_ends(seqs: Many[Sequence], banned: list[tuple[int, np.ndarray]],
     kept = [(row, ids) for row, ids in banned if seqs[row].constraint is None]
     for row, seq in enumerate(seqs):
         if seq.constraint is not None and not seq.constraint.rules:
-            ids = seq.constraint.unwelcome(seq.sampling, seq.stops, seq.num_output, vocab)
-            if len(ids):
-                kept.append((row, ids))
+            ids = [id_ for id_ in seq.constraint.unwelcome(seq.sampling, seq.stops, seq.num_output) if id_ < vocab]
+            if ids:
+                kept.append((row, np.array(ids, np.int64)))
     return kept

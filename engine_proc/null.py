@@ -148,9 +148,8 @@ def constrained(seq: Sequence, token: int, vocab_size: int) -> int:
     """`token` where the grammar of `seq` allows it, else one that it allows, chosen by `token` alone."""
     rule = seq.constraint
     assert rule is not None
-    unwelcome = rule.unwelcome(seq.sampling, seq.stops, seq.num_output, vocab_size)
-    allowed = np.flatnonzero(rule.allowed(vocab_size, unwelcome)) if rule.rules else np.delete(
-        np.arange(vocab_size), unwelcome)
+    unwelcome = rule.unwelcome(seq.sampling, seq.stops, seq.num_output)
+    allowed = rule.allowed(vocab_size, unwelcome) if rule.rules else np.setdiff1d(np.arange(vocab_size), list(unwelcome))
     return token if token in allowed or not len(allowed) else int(allowed[token % len(allowed)])
 
 

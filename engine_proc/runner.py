@@ -16,7 +16,7 @@ from engine_proc.attention import PagedAttention
 from engine_proc.batch import BatchBuilder, StepBatch
 from engine_proc.decoder import ModelBatch
 from engine_proc.device import Device, Fetch
-from engine_proc.masks import masks, without_ends
+from engine_proc.masks import Mask, masks, without_ends
 from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
@@ -63,6 +63,7 @@ class ModelRunner:
         self.model, self.cache, self.device = model, cache, device
         self._mode = config.logprobs_mode
         self._argmax: sampler.Argmax | None = getattr(model, "argmax", None)
+        self._mask: Mask | None = getattr(model, "mask", None)
         self.slots = Slots(config.max_num_seqs, model.vocab_size, max_model_len + 1, device.torch_device)
         self._builder = BatchBuilder(device, config.block_size, config.max_step_tokens, config.max_num_seqs,
                                      -(-max_model_len // config.block_size))
@@ -94,7 +95,8 @@ class ModelRunner:
                 rows.masks = masks(seqs, self.vocab_size)
                 rows.banned = without_ends(seqs, rows.banned, self.vocab_size)
                 rows.simple = rows.simple and not rows.banned
-            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax, self._mode)
+            result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax, self._mode,
+                                    self._mask)
             sampled = self.device.fetch([
                 result.tokens, result.valid, *([] if result.open is None else [result.open]), *_tensors(result.ranked),
                 *([] if result.beams is None else [result.beams.ids, result.beams.scores, result.beams.values])])

@@ -16,6 +16,7 @@ import torch
 
 from engine_proc.bans import ban_words
 from engine_proc.filters import cuts
+from engine_proc.masks import Mask
 from engine_proc.slots import Rows, Slots
 
 MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")     # --logprobs-mode
@@ -78,21 +79,22 @@ def uniforms(seed: np.ndarray, choice: np.ndarray, position: np.ndarray) -> np.n
 
 
 def sample(logits: torch.Tensor, rows: Rows, slots: Slots, argmax: Argmax | None = None,
-           mode: str = MODES[0]) -> Sampled:
+           mode: str = MODES[0], mask: Mask | None = None) -> Sampled:
     """Sample one token per row of `logits`, float32 [R, V], which may be changed in place.
 
-    `argmax`: a faster one of the model's, for steps in which every row is plainly greedy. `mode`: one of MODES.
+    `argmax`: a faster one of the model's, for steps in which every row is plainly greedy; `mask`: the same for what
+    grammars forbid. `mode`: one of MODES.
     """
     if argmax is not None and rows.plain:
         if rows.masks is not None:
-            rows.masks.apply(logits)
+            rows.masks.apply(logits, mask)
         tokens, valid = argmax(logits)
         return Sampled(tokens, valid, None, NO_ROWS)
     wanted, searched = np.flatnonzero(rows.logprobs >= 0), np.flatnonzero(rows.beam)
     device = logits.device
     valid = torch.isfinite(logits.sum(dim=-1))
     if rows.masks is not None:
-        rows.masks.apply(logits)
+        rows.masks.apply(logits, mask)
     raw = logits
     if len(searched):           # penalties and bias work on log-probabilities there, as in transformers
         index = torch.from_numpy(searched).to(device)

@@ -192,6 +192,11 @@ class Kernels(ABC):
         """x [T, 2 * I] -> act(x[:, :I]) * x[:, I:], [T, I]."""
 
     @abstractmethod
+    def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
+        """Rows `which` (int64 [n], each once) of logits (float32 [T, V], in place) become minus infinity where the bits
+        of `allowed` (int32 [n, at least V / 32], lowest first) are clear."""
+
+    @abstractmethod
     def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of logits [T, V]: the ids (int32 [T], lowest of equals), their log-probabilities (float32 [T]) if asked for,
         and whether the row holds a NaN (bool [T]; its id is 0)."""

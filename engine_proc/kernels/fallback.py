@@ -176,6 +176,9 @@ class TorchKernels(Kernels):
         y = reference.act_mul(x, act)
         return y if out is None else out.copy_(y)
 
+    def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
+        reference.mask(logits, which, allowed)
+
     def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         return reference.argmax(logits, logprobs)
 

@@ -34,6 +34,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_layer_norm": (None, [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I]),
     "q_packed_attention": (_I, [ctypes.c_char_p]),
     "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
+    "q_mask": (None, [_P, _P, _P, _L, _L, _L, _L]),
     "q_argmax": (None, [_P, _I, _L, _L, _L, _P, _P, _P]),
     "q_top_k": (None, [_P, _I, _L, _L, _L, _L, _P, _P, _P, _P]),
 }
@@ -456,6 +457,14 @@ class NativeKernels(Kernels):
             x.data_ptr(), out.data_ptr(), rows, dim, x.stride(0), out.stride(0), _ACTS[act], x.dtype is _BF16
         )
         return out
+
+    def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
+        (rows, words), vocab = allowed.shape, logits.shape[1]
+        assert is_supported(logits) and logits.dtype is torch.float32 and allowed.is_contiguous()
+        assert which.dtype is torch.int64 and allowed.dtype is torch.int32 and len(which) == rows and 32 * words >= vocab
+        self.library.q_mask(
+            logits.data_ptr(), which.data_ptr(), allowed.data_ptr(), rows, vocab, logits.stride(0), words
+        )
 
     def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         rows, vocab = logits.shape

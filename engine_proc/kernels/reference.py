@@ -197,6 +197,12 @@ def attention(
     return out
 
 
+def mask(logits: Tensor, which: Tensor, allowed: Tensor) -> None:
+    """See `Kernels.mask`."""
+    bits = (allowed.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=allowed.device)) & 1
+    logits[which] = logits[which].masked_fill_(bits.flatten(1)[:, :logits.shape[1]] == 0, float("-inf"))
+
+
 def argmax(logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `Kernels.argmax`."""
     wide = _wide(logits)

@@ -1,4 +1,4 @@
-/* What sampling needs from rows of logits without sorting them: argmax, log-sum-exp, the k largest, a NaN flag. */
+/* What sampling needs from rows of logits without sorting them: masks, argmax, log-sum-exp, the k largest, a NaN flag. */
 #include "pool.h"
 #include "simd.h"
 
@@ -84,6 +84,33 @@ INLINE void top_k_row(const logits_call *c, long r, const int is_bf16) {
     if (c->logsumexp) c->logsumexp[r] = bad ? NAN : row_logsumexp(c, row, best[0], is_bf16);
 }
 
+typedef struct {
+    float *logits;
+    const int64_t *which;
+    const uint32_t *allowed;
+    long rows, vocab, ld, words;
+} mask_call;
+
+/* Whole words of ones are left alone, so that a row which may say nearly anything is hardly read. */
+INLINE void mask_row(float *row, const uint32_t *allowed, long vocab) {
+    v16 never = v_set1(-INFINITY);
+    for (long i = 0; i < vocab; i += 32) {
+        uint32_t bits = ~allowed[i / 32];
+        if (vocab - i < 32) bits &= (1u << (vocab - i)) - 1;
+        if (bits & 0xffff) v_store_bits(row + i, never, bits & 0xffff);
+        if (bits >> 16) v_store_bits(row + i + 16, never, bits >> 16);
+    }
+}
+
+static void mask_team(int tid, int size, void *arg) {
+    (void)tid;
+    mask_call *c = arg;
+    long end;
+    for (long r; (r = team_take(c->rows, 1, &end)) >= 0;)
+        mask_row(c->logits + c->which[r] * c->ld, c->allowed + r * c->words, c->vocab);
+    team_barrier(size);
+}
+
 static void argmax_team(int tid, int size, void *arg) {
     (void)tid;
     logits_call *c = arg;
@@ -106,7 +133,14 @@ static void top_k_team(int tid, int size, void *arg) {
     team_barrier(size);
 }
 
-/* Entry points for Python.  logits[rows][vocab], rows ld apart; ties go to the lowest id; a row with NaN gets id 0. */
+/* Entry points for Python.  logits[which[r]][i] becomes minus infinity where bit i of allowed[r] is clear; a row of bits has `words` words. */
+void q_mask(float *logits, const int64_t *which, const uint32_t *allowed, long rows, long vocab, long ld, long words) {
+    mask_call c = {.logits = logits, .which = which, .allowed = allowed, .rows = rows, .vocab = vocab, .ld = ld,
+                   .words = words};
+    pool_call(mask_team, &c, rows > 1 ? rows * vocab : 0);
+}
+
+/* logits[rows][vocab], rows ld apart; ties go to the lowest id; a row with NaN gets id 0. */
 void q_argmax(const void *logits, int is_bf16, long rows, long vocab, long ld, int32_t *ids, float *logprobs,
               uint8_t *nan) {
     logits_call c = {.logits = logits, .ids = ids, .values = logprobs, .nan = nan,

@@ -77,6 +77,15 @@ INLINE v16 v_zero_below(v16 v, v16 x, v16 limit) {
     return (v16){_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), v.lo),
                  _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), v.hi)};
 }
+INLINE __m256i v_spread8(unsigned bits) {
+    __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)bits), each), each);
+}
+/* Stores the lanes whose bits are set. */
+INLINE void v_store_bits(float *p, v16 v, unsigned bits) {
+    _mm256_maskstore_ps(p, v_spread8(bits), v.lo);
+    _mm256_maskstore_ps(p + 8, v_spread8(bits >> 8), v.hi);
+}
 INLINE int v_any_nan(v16 v) {
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.lo, v.lo, _CMP_UNORD_Q),
                                            _mm256_cmp_ps(v.hi, v.hi, _CMP_UNORD_Q))) != 0;

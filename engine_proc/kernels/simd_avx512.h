@@ -41,6 +41,8 @@ INLINE v16 v_keep(v16 v, int from, int to, v16 other) {
 INLINE v16 v_zero_below(v16 v, v16 x, v16 limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), v);
 }
+/* Stores the lanes whose bits are set. */
+INLINE void v_store_bits(float *p, v16 v, unsigned bits) { _mm512_mask_storeu_ps(p, (__mmask16)bits, v); }
 INLINE int v_any_nan(v16 v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 /* Bit i is set where a[i] > b[i]. */
 INLINE unsigned v_gt_bits(v16 a, v16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }

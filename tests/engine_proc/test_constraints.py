@@ -206,7 +206,7 @@ def test_the_constraint_begins_behind_a_tag(runner: ModelRunner, source: Grammar
     assert constraint is not None and not constraint.active
     for token in TOKENIZER.encode("thinking ").ids:
         constraint.advance(token)
-    assert not constraint.active and END in constraint.unwelcome(seq.sampling, seq.stops, 3, VOCAB)
+    assert not constraint.active and END in constraint.unwelcome(seq.sampling, seq.stops, 3)
     constraint.advance(tag)
     assert constraint.active
     biased = request(source, grammars.choice(["42"]), after="<tool_call>", max_tokens=30, temperature=0.0,

@@ -121,6 +121,21 @@ def test_argmax_with_ties_log_probabilities_and_nan(
     assert kernels.argmax(logits)[1] is None
 
 
+@pytest.mark.parametrize("vocab", [1, 16, 33, 1000, 4099])
+def test_masks_reach_their_own_rows_and_ids_only(kernels: Kernels, vocab: int) -> None:
+    logits = randn(6, vocab + 5)
+    logits[:, vocab // 2] = float("nan")  # what is forbidden goes whatever it is; what is allowed stays as it is
+    which, words = torch.tensor([4, 0, 3, 1]), -(-vocab // 32) + 2
+    allowed = torch.randint(-(2**31), 2**31, (4, words)).int()
+    allowed[1], allowed[2] = -1, 0
+    bits = (allowed.unsqueeze(-1) >> torch.arange(32)) & 1
+    expected = logits.clone()
+    for row, keep in zip(which.tolist(), bits.flatten(1)[:, :vocab].bool()):
+        expected[row, :vocab] = expected[row, :vocab].where(keep, torch.tensor(float("-inf")))
+    kernels.mask(logits[:, :vocab], which, allowed)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_k_is_a_stable_descending_selection(kernels: Kernels, dtype: torch.dtype) -> None:
     logits = (randn(5, 1003, dtype=dtype) * 4).round()

@@ -87,7 +87,8 @@ class Buffer:
         self.finish, self.stop = finish, stop
 
     def take(self, completion_tokens: int) -> Update:
-        update = Update(self.index, "".join(self._text), self._ids, join(self._logprobs), self.finish, self.stop,
+        text = self._text[0] if len(self._text) == 1 else "".join(self._text)
+        update = Update(self.index, text, self._ids, join(self._logprobs), self.finish, self.stop,
                         completion_tokens, self._spans, self.reasoning_tokens, self.open_call)
         self._text, self._spans, self._ids, self._logprobs = [], [], array("I"), []
         return update

@@ -26,7 +26,7 @@ from frontend.request import Request
 from frontend.request_log import RequestLog
 from frontend.schema import ChatBody, CompletionBody
 from frontend.sse import ChatStream, CompletionStream, Events
-from frontend.streaming import Stream
+from frontend.streaming import Bell, Stream
 from pipeline.config import ServerConfig
 from pipeline.messages import AbortReason
 
@@ -95,8 +95,8 @@ class Generate:
     async def _answer(self, call: Call, job: Job) -> HTTPResponse | None:
         frontend, ask, spec = self._frontend, job.ask, job.ask.spec
         call.fields["model"] = ask.model
-        news = asyncio.Event()
-        request = open_request(frontend, ask, len(call.body), news.set)
+        news = Bell()
+        request = open_request(frontend, ask, len(call.body), news.ring)
         call.body = b""
         stream: Stream[Update] | None = None
         try:

@@ -1,7 +1,8 @@
 """The frontend's sockets in its asyncio loop: the inbox, the beacons, the outboxes' queues, and the table's clock.
 
-ZeroMQ's file descriptors are edge-triggered: they are drained to the end, in slices that let the loop turn, and looked
-at every 50 ms besides. Nothing here waits or blocks. Run by the frontend.
+The inbox's file descriptor is edge-triggered: it is drained to the end, in slices that let the loop turn, and looked at
+every 50 ms besides. Beacons are read then and only then, as each would wake the loop. Nothing here waits or blocks. Run
+by the frontend.
 """
 from __future__ import annotations
 
@@ -37,14 +38,12 @@ class Link:
         self._soon = False
         self._due = self._loop.time()
         self._timer = self._loop.call_soon(self._poll)
-        self._descriptors = [socket.FD for socket in (self._inbox, watcher.socket)]
-        for descriptor in self._descriptors:
-            self._loop.add_reader(descriptor, self._drain)
+        self._descriptor = self._inbox.FD
+        self._loop.add_reader(self._descriptor, self._drain)
 
     def close(self) -> None:
         self._timer.cancel()
-        for descriptor in self._descriptors:
-            self._loop.remove_reader(descriptor)
+        self._loop.remove_reader(self._descriptor)
         self._inbox.close(linger=0)
         self._watcher.close()
 
@@ -53,6 +52,7 @@ class Link:
         now = self._loop.time()
         self._metrics.loop_lag.set(max(0.0, now - self._due))
         self._metrics.open_requests.set(len(self._table))
+        self._beacons()
         self._drain()
         self._table.tick()
         self._context.outboxes.flush()
@@ -62,9 +62,8 @@ class Link:
         self._timer = self._loop.call_at(self._due, self._poll)
 
     def _drain(self) -> None:
-        """Read a slice of both sockets; come back soon when there may be more."""
+        """Read a slice of the inbox; come back soon when there may be more."""
         self._soon = False
-        self._beacons()
         messages = []
         for _ in range(SLICE):
             try:

@@ -17,6 +17,7 @@ from frontend.request import Request
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
 from pipeline.messages import AbortReason
+from pipeline.metrics import Tallies, Tally
 
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"})
 TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -44,7 +45,9 @@ class FrontendMetrics:
             return [family.labels(name, ENGINE) for name in self._models]
 
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", TTFT)
-        self._itl = histogram("inter_token_latency_seconds", "Between tokens of a choice.", ITL)
+        self._itl = [Tally(ITL) for _ in self._models]
+        registry.register(Tallies("vllm:inter_token_latency_seconds", "Between tokens of a choice.", ["model_name", "engine"],
+                                  {(name, ENGINE): tally for name, tally in zip(self._models, self._itl)}))
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", LATENCY)
         self._n = histogram("request_params_n", "Choices asked for.", (1, 2, 5, 10, 20))
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)

@@ -207,13 +207,13 @@ class Request:
 
     def _due(self, choice: Choice) -> bool:
         """Whether enough of it is there for an update."""
-        return (not choice.taken or choice.finished or self.done
-                or len(choice.ids) - choice.taken >= self.spec.stream_interval)
+        return (len(choice.ids) - choice.taken >= self.spec.stream_interval
+                or not choice.taken or choice.finished or self.done)
 
     def _presentable(self, choice: Choice) -> bool:
         """Whether everything about the prompt that belongs ahead of the first text is there."""
-        spec, prompt = self.spec, choice.prompt
-        if choice.finished or self.done:
+        if choice.taken or choice.finished or self.done:
             return True
+        spec, prompt = self.spec, choice.prompt
         return not ((spec.want_prompt_ids and not prompt.admitted) or (spec.detok.echo and prompt.echo is None)
                     or (spec.sampling.prompt_logprobs is not None and not prompt.logprobs_complete))

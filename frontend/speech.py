@@ -17,7 +17,7 @@ from frontend.ingress import Ingress
 from frontend.recordings import RecordingRequest
 from frontend.speech_answers import SpeechStream
 from frontend.speech_params import SpeechAsk
-from frontend.streaming import Stream
+from frontend.streaming import Bell, Stream
 from frontend.upload import OVERHEAD, Spool, receive
 from pipeline.errors import QuartetError
 from pipeline.messages import AbortReason, Transcribed
@@ -61,8 +61,8 @@ class Speech:
                 upload.discard()
 
     async def _computed(self, call: Call, ask: SpeechAsk) -> HTTPResponse | None:
-        frontend, news = self._frontend, asyncio.Event()
-        request = frontend.table.record(ask.spec, news.set)
+        frontend, news = self._frontend, Bell()
+        request = frontend.table.record(ask.spec, news.ring)
         stream: Stream[Transcribed] | None = None
         try:
             if ask.stream:

@@ -38,6 +38,8 @@ class Events(Protocol[News]):
 class _Stream:
     """What both kinds of stream have in common."""
 
+    TEXT = BEHIND = ""                       # of a chunk in the middle of a choice: what is ahead of its text and behind it
+
     def __init__(self, kind: str, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
         self._ask, self._request = ask, request
         head = {"id": identity["id"], "object": kind, "created": identity["created"], "model": ask.model,
@@ -46,11 +48,16 @@ class _Stream:
         self._begun: set[int] = set()
         self._completion_tokens = [0] * len(request.choices)
         self._reasoning_tokens = [0] * len(request.choices)
+        # Whether a chunk in the middle of a choice is its text between two constants (`_open`, `_close`).
+        self._bare = ask.logprobs is None and not (ask.token_ids or ask.prompt_logprobs or ask.continuous_usage)
         self._tail: Callable[[Choice], str] = self._plain_tail
         if ask.continuous_usage:
             self._tail = self._usage_tail
         elif ask.include_usage:
             self._tail = self._null_tail
+        first = request.choices[0]
+        self._open = [f'{self._prefix},"choices":[{{"index":{c.index},{self.TEXT}' for c in request.choices]
+        self._close = f'{self.BEHIND}{self._tail(first)}' if self._bare else ""
 
     def end(self) -> bytes:
         if not self._ask.include_usage:
@@ -74,6 +81,10 @@ class _Stream:
         self._begun.add(update.index)
         return first
 
+    def _middle(self, update: Update) -> bool:
+        """Whether an update is text and nothing else."""
+        return self._bare and not update.finish and update.logprobs is None and update.index in self._begun
+
     def _shows(self, update: Update) -> bool:
         """Whether an update without text is worth a chunk."""
         return bool(update.ids) and (self._ask.token_ids or update.logprobs is not None)
@@ -81,6 +92,8 @@ class _Stream:
 
 class ChatStream(_Stream):
     """Chunks of a chat completion."""
+
+    TEXT, BEHIND = '"delta":{"content":', '},"logprobs":null,"finish_reason":null}]'
 
     def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
         super().__init__("chat.completion.chunk", ask, request, identity)
@@ -90,6 +103,10 @@ class ChatStream(_Stream):
     def events(self, updates: Sequence[Update]) -> bytes:
         parts: list[str] = []
         for update in updates:
+            if self._middle(update) and not update.spans:
+                if update.text:
+                    parts.append(f'{self._open[update.index]}{quote(update.text)}{self._close}')
+                continue
             choice = self._request.choices[update.index]
             if self._first(update):
                 parts.append(self._role(choice))
@@ -141,6 +158,8 @@ class ChatStream(_Stream):
 class CompletionStream(_Stream):
     """Chunks of a text completion."""
 
+    TEXT, BEHIND = '"text":', ',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+
     def __init__(self, ask: Ask, request: Request, identity: dict[str, Any]) -> None:
         super().__init__("text_completion", ask, request, identity)
         self._logprobs = [logprobs.CompletionLogprobs(ask.tokens_as_ids) for _ in request.choices]
@@ -148,6 +167,10 @@ class CompletionStream(_Stream):
     def events(self, updates: Sequence[Update]) -> bytes:
         parts = []
         for update in updates:
+            if self._middle(update):
+                if update.text:
+                    parts.append(f'{self._open[update.index]}{quote(update.text)}{self._close}')
+                continue
             choice, first = self._request.choices[update.index], self._first(update)
             self._completion_tokens[update.index] = update.completion_tokens
             if update.text or update.finish or self._shows(update) or (first and choice.prompt.echo):

@@ -1,7 +1,9 @@
 """One stream: headers with the first token or after a while, keep-alive comments, merging towards slow readers.
 
 While a write waits for the client, updates of a choice are merged by its buffer; a write that waits too long ends the
-request. A stream that cannot be completed ends with an error event and without [DONE]. Run by the frontend.
+request. A stream that cannot be completed ends with an error event and without [DONE]. Between its first chunk and its
+end news are written by a callback, without waking the handler's task: that is what nearly every token costs. Run by the
+frontend.
 """
 from __future__ import annotations
 
@@ -17,6 +19,30 @@ from pipeline.errors import QuartetError
 from pipeline.messages import AbortReason
 
 CONTENT_TYPE = "text/event-stream; charset=utf-8"
+BY_HAND_S = 60.0                 # how often a write goes by way of Sanic, whose timers must see that the stream lives
+
+
+class Bell(asyncio.Event):
+    """What a request rings: an event for its handler, or, as long as `answer` can do it, one call of that for all that
+    came in this turn of the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Callable[[], bool] | None = None    # False: the handler is needed
+        self._loop = asyncio.get_running_loop()
+        self._soon = False
+
+    def ring(self) -> None:
+        if self.answer is None:
+            self.set()
+        elif not self._soon:
+            self._soon = True
+            self._loop.call_soon(self._ask)
+
+    def _ask(self) -> None:
+        self._soon = False
+        if self.answer is None or not self.answer():
+            self.set()
 
 
 News = TypeVar("News")
@@ -36,11 +62,14 @@ class Source(Protocol[News]):
 class Stream(Generic[News]):
     """Sends the answer of one request as events."""
 
-    def __init__(self, call: Call, request: Source[News], news: asyncio.Event, events: Events[News], http: HttpConfig,
+    def __init__(self, call: Call, request: Source[News], news: Bell, events: Events[News], http: HttpConfig,
                  headers: Callable[[Call], dict[str, str]]) -> None:
         self._call, self._request, self._news, self._events = call, request, news, events
         self._http, self._headers = http, headers
         self._response: Any = None
+        self._transport: Any = call.http.transport
+        self._failure: Exception | None = None        # of `_at_once`; the handler raises it
+        self._by_hand = 0.0                           # when the next write has to go by way of Sanic
         self._loop = asyncio.get_running_loop()
         self._written = self._loop.time()
         self._blocked = 0.0                           # since when a write waits for the client; 0: none does
@@ -53,6 +82,7 @@ class Stream(Generic[News]):
         try:
             return await self._send_all()
         finally:
+            self._news.answer = None
             self._beat.cancel()
 
     async def _send_all(self) -> bool:
@@ -60,6 +90,8 @@ class Stream(Generic[News]):
         while True:
             await self._news.wait()
             self._news.clear()
+            if self._failure is not None:
+                raise self._failure
             data = self._events.events(request.take())
             if request.error is not None:
                 if self._response is None:
@@ -85,6 +117,25 @@ class Stream(Generic[News]):
         await self._response.send(data, end)
         self._call.sent += len(data)
         self._written, self._blocked = self._loop.time(), 0.0
+        if not end and self._response.stream.send == self._response.stream.http1_response_chunked:
+            self._by_hand, self._news.answer = self._written + BY_HAND_S, self._at_once
+
+    def _at_once(self) -> bool:
+        """Write what came; False where the handler is needed: for an end, an error, or a client that does not keep up."""
+        now, transport = self._loop.time(), self._transport
+        if (self._blocked or self._request.done or now >= self._by_hand or transport.is_closing()
+                or transport.get_write_buffer_size()):
+            return False
+        try:
+            data = self._events.events(self._request.take())
+        except Exception as error:
+            self._failure = error
+            return False
+        if data:
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._call.sent += len(data)
+            self._written = now
+        return True
 
     def _on_beat(self) -> None:
         """One timer per stream, however many tokens pass: it wakes a quiet sender and ends one that hangs."""

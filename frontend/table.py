@@ -6,7 +6,7 @@ submitted under a fresh one, with the output so far as history. It never blocks 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from frontend.admission import Permit
@@ -49,6 +49,7 @@ from pipeline.transport import Address, Sender
 
 SILENT_S = 10.0                  # a choice missing from two censuses is submitted again when silent for so long
 MAX_GAPS = 5                     # times that output of one choice may get lost before it is given up
+NO_SPANS: Sequence[tuple[int, int]] = ()
 DEADLINE_GRACE_S = 2.0           # the engine keeps the deadline; the table is the backstop
 
 
@@ -266,44 +267,50 @@ class RequestTable:
     # ---- messages --------------------------------------------------------------------------------------------
 
     def _on_deltas(self, message: Deltas) -> None:
+        find, now = self._submissions.find, self._now_ns()
         for delta in message.items:
-            found = self._submissions.find(delta.rid)
+            found = find(delta.rid)
             if found is None:
                 self._observer.unknown("delta")
                 continue
             try:
-                self._on_delta(delta, *found)
+                self._on_delta(delta, *found, now)
             except ValueError:
                 self._gap(*found)
 
-    def _on_delta(self, delta: TextDelta, submission: Submission, choice: Choice) -> None:
-        request, prompt, now = choice.request, choice.prompt, self._now_ns()
-        ids, logprobs = unpack_ids(delta.ids), delta.logprobs
-        if delta.start > len(choice.ids) or delta.offset > choice.chars:
+    def _on_delta(self, delta: TextDelta, submission: Submission, choice: Choice, now: int) -> None:
+        request, buffer = choice.request, choice.buffer
+        ids, text, logprobs, spans = unpack_ids(delta.ids), delta.text, delta.logprobs, NO_SPANS
+        known, shown = len(choice.ids) - delta.start, choice.chars - delta.offset
+        if known < 0 or shown < 0:
             raise ValueError("a gap")
         if logprobs is not None and size_of(logprobs) != len(ids):
             raise ValueError("log-probabilities that do not belong to the ids")
         if delta.prompt_logprobs is not None:
             size_of(delta.prompt_logprobs)
+        if delta.spans:
+            spans = _spans(delta, shown)
         submission.heard, choice.heard_ns, choice.missing = True, now, 0
-        self._submissions.leave_tokenizer(submission)
-        known = len(choice.ids) - delta.start                # ids and characters that came before are cut
-        ids, text, spans = ids[known:], delta.text[choice.chars - delta.offset:], _spans(delta, choice.chars)
-        if logprobs is not None and known:
-            logprobs = tail(logprobs, known)
-        choice.ids.extend(ids)
+        if submission.num_bytes:
+            self._submissions.leave_tokenizer(submission)
+        if known or shown:                                   # what came before is cut
+            ids, text = ids[known:], text[shown:]
+            logprobs = None if logprobs is None else tail(logprobs, known)
         choice.chars += len(text)
-        self._take_prompt(prompt, choice, delta.prompt_text, delta.prompt_logprobs, delta.usage)
-        choice.buffer.add(text, ids, logprobs, spans)
-        choice.buffer.reasoning_tokens = max(choice.buffer.reasoning_tokens, delta.reasoning_tokens)
-        choice.buffer.open_call = delta.open_call
+        if delta.usage is not None or delta.prompt_text is not None or delta.prompt_logprobs is not None:
+            self._take_prompt(choice.prompt, choice, delta.prompt_text, delta.prompt_logprobs, delta.usage)
+        buffer.add(text, ids, logprobs, spans)
+        if delta.reasoning_tokens > buffer.reasoning_tokens:
+            buffer.reasoning_tokens = delta.reasoning_tokens
+        buffer.open_call = delta.open_call
         if ids:
+            choice.ids.extend(ids)
             self._time_tokens(request, choice, len(ids), now)
-        if delta.finish in (Finish.ABORT, Finish.ERROR):
-            self._on_engine_gave_up(request, delta.finish, now)
-            return
         if delta.finish:
-            choice.buffer.end(Finish(delta.finish), delta.stop)
+            if delta.finish in (Finish.ABORT, Finish.ERROR):
+                self._on_engine_gave_up(request, delta.finish, now)
+                return
+            buffer.end(Finish(delta.finish), delta.stop)
             request.unfinished -= 1
             self._submissions.remove(submission, choice)
         request.touched(choice)
@@ -407,14 +414,12 @@ class RequestTable:
         assert {s.request for s in self._submissions} <= self._requests
 
 
-def _spans(delta: TextDelta, chars: int) -> list[tuple[int, int]]:
-    """The spans of a delta's text behind the first `chars` characters of the choice; ValueError for what fits no text."""
-    if not delta.spans:
-        return []
+def _spans(delta: TextDelta, shown: int) -> list[tuple[int, int]]:
+    """The spans of a delta's text behind its first `shown` characters; ValueError for what fits no text."""
     spans = [(span.kind, span.chars) for span in delta.spans]
     if sum(size for _, size in spans) != len(delta.text) or max(spans)[0] > Part.ARGUMENTS:
         raise ValueError("spans that do not cover the text")
-    return skip_spans(spans, chars - delta.offset)
+    return skip_spans(spans, shown)
 
 
 def _control(engine: int) -> Address:

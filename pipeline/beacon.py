@@ -2,7 +2,8 @@
 
 A daemon thread owns the PUB socket, so a beacon goes out however long the main loop's turn lasts; the age of the last
 turn tells a hang from work. Only a new epoch is a death: silence or an old tick affect routing and readiness, nothing
-else. A lost beacon heals itself with the next one.
+else. A lost beacon heals itself with the next one. Who only wants to hear of epochs and changes subscribes to the slow
+topic: each beacon wakes every process that hears it, beside the threads of an engine's step.
 """
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from pipeline.schema import BadFrame
 from pipeline.transport import Status
 
 BEACON_TOPIC, METRICS_TOPIC = b"b", b"m"
-METRICS_PERIOD_S = 1.0
+SLOW_TOPIC = BEACON_TOPIC + b"s"  # changes, all while a stage is not ready, and one a second: listeners to all get these too
+SLOW_PERIOD_S = METRICS_PERIOD_S = 1.0
 FRESH_S = 3.0                     # a stage whose newest beacon is older than this is not counted as ready
 
 
@@ -69,16 +71,20 @@ class BeaconPublisher:
 
     def _run(self) -> None:
         socket = sockets.publisher(self._ctx, beacon_endpoint(self._config, self._kind, self._index))
-        next_metrics = 0.0
+        next_metrics = next_slow = 0.0
+        slow_s = min(SLOW_PERIOD_S, self._config.timeouts.hang_s / 8)
+        changed = True
         try:
             while not self._stop:
-                socket.send_multipart([BEACON_TOPIC, *codec.encode(self.beacon())], zmq.NOBLOCK)
-                now = time.monotonic()
+                now, topic = time.monotonic(), BEACON_TOPIC
+                if changed or now >= next_slow or self.status.state != State.READY:
+                    next_slow, topic = now + slow_s, SLOW_TOPIC
+                socket.send_multipart([topic, *codec.encode(self.beacon())], zmq.NOBLOCK)
                 if now >= next_metrics:
                     next_metrics = now + METRICS_PERIOD_S
                     metrics = Metrics(self._kind, self._index, self._epoch, snapshot(self._registry))
                     socket.send_multipart([METRICS_TOPIC, *codec.encode(metrics)], zmq.NOBLOCK)
-                self._wake.wait(self._config.timeouts.beacon_s)
+                changed = self._wake.wait(self._config.timeouts.beacon_s)
                 self._wake.clear()
         finally:
             socket.close(linger=0)
@@ -96,11 +102,12 @@ class BeaconWatcher:
     """Listens to some stages. `drain` from one thread; `latest` is then up to date."""
 
     def __init__(self, ctx: zmq.Context[zmq.Socket[bytes]], config: ServerConfig,
-                 members: Iterable[tuple[Kind, int]], *, metrics: bool = False) -> None:
+                 members: Iterable[tuple[Kind, int]], *, metrics: bool = False, slow: bool = False) -> None:
+        """`slow`: hear of changes at once and of the rest once a second."""
         members = list(members)
         self.socket = sockets.subscriber(ctx, [beacon_endpoint(config, kind, index) for kind, index in members])
         self.socket.setsockopt(zmq.UNSUBSCRIBE, b"")
-        self.socket.setsockopt(zmq.SUBSCRIBE, BEACON_TOPIC)
+        self.socket.setsockopt(zmq.SUBSCRIBE, SLOW_TOPIC if slow else BEACON_TOPIC)
         if metrics:
             self.socket.setsockopt(zmq.SUBSCRIBE, METRICS_TOPIC)
         self.latest: dict[tuple[Kind, int], Heard] = {}

@@ -73,7 +73,7 @@ class Launcher:
     def run(self) -> int:
         """Serve until told to stop; the exit code, or StartError with the sentence. Nothing of ours is left running."""
         ctx = sockets.context()
-        self._watcher = BeaconWatcher(ctx, self._config, self._lives)
+        self._watcher = BeaconWatcher(ctx, self._config, self._lives, slow=True)
         self._publisher = BeaconPublisher(ctx, self._config, Kind.LAUNCHER, 0, 1, self._status, self._registry)
         self._publisher.start()
         try:

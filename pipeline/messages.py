@@ -27,9 +27,7 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 def unpack_ids(data: bytes) -> array[int]:
     """The inverse of pack_ids; ValueError when the length is no multiple of 4."""
-    ids = array("I")
-    ids.frombytes(data)
-    return ids
+    return array("I", data)
 
 
 def pack_rids(rids: Iterable[int]) -> bytes:

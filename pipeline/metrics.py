@@ -5,11 +5,13 @@ answer /metrics for all. Label sets are closed: nothing that a caller sends beco
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
+from prometheus_client.utils import floatToGoString
 
 from pipeline.messages import MetricFamily, MetricSample
 
@@ -21,6 +23,36 @@ FORMER_NAMES = {
     "vllm:prefix_cache_queries": "vllm:gpu_prefix_cache_queries",
     "vllm:prefix_cache_hits": "vllm:gpu_prefix_cache_hits",
 }
+
+
+class Tally:
+    """A histogram's counts for one set of labels, for what is observed with every token: no lock, one thread observes."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.total = list(bounds), [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Tallies:
+    """A histogram of tallies, to be registered with a registry."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], tallies: dict[tuple[str, ...], Tally]) -> None:
+        self._name, self._text, self._labels, self._tallies = name, text, list(labels), tallies
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for values, tally in self._tallies.items():
+            buckets, seen = list[tuple[str, float]](), 0
+            for bound, count in zip((*map(floatToGoString, tally.bounds), "+Inf"), tally.counts):
+                seen += count
+                buckets.append((bound, seen))
+            family.add_metric(values, buckets, tally.total)
+        yield family
 
 
 def snapshot(registry: CollectorRegistry) -> list[MetricFamily]:

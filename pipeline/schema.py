@@ -147,9 +147,24 @@ def reader(cls: type[T]) -> Callable[[Any, list[memoryview]], T]:
 
 
 def writer(cls: type) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that gives a record's fields as a tuple, which msgpack packs as an array."""
-    names = [f.name for f in dataclasses.fields(cls)]
+    """A function that gives a record's fields as a tuple, which msgpack packs as an array.
+
+    Fields that have defaults, and only defaults behind them, are left out where all of them have their default: a token's
+    record is mostly those. Not where one may be an array, which does not compare.
+    """
+    fields = dataclasses.fields(cls)
+    names = [f.name for f in fields]
     if len(names) == 1:
-        get = operator.attrgetter(names[0])
-        return lambda record: (get(record),)
-    return operator.attrgetter(*names)
+        only = operator.attrgetter(names[0])
+        return lambda record: (only(record),)
+    get = operator.attrgetter(*names)
+    defaults = tuple(f.default if f.default_factory is dataclasses.MISSING else f.default_factory() for f in fields)
+    required = sum(default is dataclasses.MISSING for default in defaults)
+    if required == len(fields) or any(hint in (np.ndarray, np.ndarray | None) for hint in typing.get_type_hints(cls).values()):
+        return get
+    rest = defaults[required:]
+
+    def write(record: Any) -> tuple[Any, ...]:
+        values: tuple[Any, ...] = get(record)
+        return values[:required] if values[required:] == rest else values
+    return write

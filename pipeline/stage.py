@@ -167,7 +167,7 @@ class Stage:
         self._inboxes = [(name, context.inbox(name, sockets.CONTROL_HWM if name == "ctl" else sockets.HWM))
                          for name in names]
         peers = [m for m in context.config.members() if m != (context.kind, context.index)]
-        self._watcher = BeaconWatcher(context.zmq_context, context.config, peers)
+        self._watcher = BeaconWatcher(context.zmq_context, context.config, peers, slow=True)
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)

@@ -164,6 +164,10 @@ class PaperPipeline:
             self._steps.pop(0)
         return False
 
+    def next_one(self) -> None:
+        """The next oldest submission is the one that steps."""
+        self._steps.append(self._steps.pop(0))
+
     def _handle(self, message: Any) -> None:
         assert self.table is not None
         self.table.handle(message)

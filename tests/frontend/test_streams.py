@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from openai import APIError, AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError
 
+from frontend import streaming
+from frontend.sse import CompletionStream
 from pipeline.config import HttpConfig
 from pipeline.errors import QuartetError
 from pipeline.messages import AbortReason, Kind, State
@@ -96,6 +98,59 @@ async def test_what_comes_while_the_reader_sleeps_is_merged() -> None:
         body = await client.reader.readuntil(b"[DONE]\n\n")
         assert [c["choices"][0]["text"] for c in data_of(body.decode())] == ["abcd"]
         client.writer.close()
+
+
+@pytest.mark.parametrize("by_hand_s", [60.0, 0.0])
+async def test_tokens_in_the_middle_come_by_turns_of_the_loop_whoever_writes_them(
+        by_hand_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "BY_HAND_S", by_hand_s)
+    async with served() as server:
+        server.pipeline.manual = True
+        client = await RawClient.post(server, "/v1/completions", completion(prompt="say a|b|c|d|e", n=2))
+        await until(lambda: server.pipeline.submits)
+        texts = []
+        for steps in (3, 2, 4, 2):
+            for _ in range(steps):
+                server.pipeline.step()
+            if not texts:
+                await client.head()
+            texts.append([(c["choices"][0]["index"], c["choices"][0]["text"]) for c in data_of(await client.chunk())])
+        assert texts == [[(0, "a"), (1, "a")], [(0, "b"), (1, "b")], [(0, "cd"), (1, "cd")], [(0, "e"), (1, "e")]]
+        assert await client.chunk() == ""
+        client.writer.close()
+
+
+async def test_a_chunk_that_cannot_be_written_ends_its_stream_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = CompletionStream.events
+
+    def events(self: CompletionStream, updates: list[Any]) -> bytes:
+        if any(update.text == "bad" for update in updates):
+            raise ArithmeticError("as you asked")
+        return real(self, updates)
+    monkeypatch.setattr(CompletionStream, "events", events)
+    async with served() as server:
+        paper = server.pipeline
+        paper.manual = True
+        clients = []
+        for number, prompt in enumerate(("say a|bad|c", "say a|b|c")):
+            clients.append(await RawClient.post(server, "/v1/completions", completion(prompt=prompt)))
+            await until(lambda: len(paper.submits) == number + 1)
+            paper.next_one()
+            paper.step()                                     # admitted, and the first token
+            paper.step()
+            await clients[-1].head()
+            await clients[-1].chunk()
+        for _ in clients:                                    # both go on in one turn of the loop
+            paper.next_one()
+            paper.step()
+        assert data_of(await clients[1].chunk())[0]["choices"][0]["text"] == "b"
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+            await asyncio.wait_for(clients[0].reader.readexactly(1), 5)
+        assert len(server.table) == 1
+        paper.run()
+        assert data_of(await clients[1].chunk())[0]["choices"][0]["text"] == "c"
+        for client in clients:
+            client.writer.close()
 
 
 async def test_errors_before_the_first_token_are_plain_http() -> None:

@@ -142,6 +142,13 @@ def test_mutated_frames_decode_or_are_bad_frames() -> None:
     assert outcomes["bad"] > 1000 and outcomes["good"] > 100
 
 
+def test_defaults_at_the_end_of_a_record_do_not_travel() -> None:
+    plain, full = TextDelta(1, 0, "a", 0, b"\1\0\0\0"), TextDelta(2, 0, "a", 0, b"", open_call=True)
+    _, _, _, items = msgpack.unpackb(codec.encode(Deltas(0, 1, [plain, full]))[0])
+    assert items[0] == [1, 0, "a", 0, b"\1\0\0\0"] and len(items[1]) == len(dataclasses.fields(TextDelta))
+    assert codec.decode(codec.encode(Deltas(0, 1, [plain, full]))).items == [plain, full]
+
+
 def test_ids_are_little_endian_uint32() -> None:
     assert pack_ids([1, 2**32 - 1]) == b"\x01\0\0\0\xff\xff\xff\xff"
     assert list(unpack_ids(pack_ids(range(5)))) == [0, 1, 2, 3, 4]

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import zmq
+from prometheus_client import CollectorRegistry
 
-from pipeline import codec, config, sockets
-from pipeline.beacon import BeaconWatcher
+from pipeline import beacon, codec, config, sockets
+from pipeline.beacon import BeaconPublisher, BeaconWatcher
 from pipeline.config import ModelConfig, ServerConfig, TimeoutsConfig
 from pipeline.endpoints import endpoint
 from pipeline.messages import Abort, Census, Deltas, Kind, State
-from pipeline.transport import Address
+from pipeline.transport import Address, Status
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ import os, sys, time
 from pipeline.messages import Abort, Census, Kind, Load
 from pipeline.schema import BadFrame
 from pipeline.stage import run
-from pipeline.transport import Address
+from pipeline.transport import Address, Status
 
 class Echo:
     def __init__(self, context):
@@ -160,6 +161,32 @@ def test_a_hang_shows_in_the_age_of_the_tick_while_beacons_go_on(harness: Harnes
     process.send_signal(signal.SIGABRT)
     process.wait(5)
     assert b"in turn" in process.stderr.read()            # faulthandler names the frame that hung
+
+
+def test_who_listens_slowly_hears_of_changes_and_of_little_else(
+        ctx: zmq.Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beacon, "SLOW_PERIOD_S", 1e6)
+    made = ServerConfig(run_dir=str(tmp_path), log_dir=str(tmp_path), models=(ModelConfig(names=("m",), path="/"),),
+                        timeouts=replace(TimeoutsConfig(), beacon_s=0.005, hang_s=1e9))
+    key, status = (Kind.TOKENIZER, 0), Status(state=State.READY)
+    fast, slow = BeaconWatcher(ctx, made, [key]), BeaconWatcher(ctx, made, [key], slow=True)
+    publisher = BeaconPublisher(ctx, made, *key, 1, status, CollectorRegistry())
+
+    def heard(watcher: BeaconWatcher, phase: str) -> bool:
+        watcher.drain()
+        return key in watcher.latest and watcher.latest[key].beacon.phase == phase
+    try:
+        publisher.start()
+        until(lambda: heard(fast, "starting"))
+        status.phase = "said by the way"
+        until(lambda: heard(fast, "said by the way"))
+        assert not heard(slow, "said by the way")
+        publisher.announce()
+        until(lambda: heard(slow, "said by the way"))
+    finally:
+        publisher.stop()
+        fast.close()
+        slow.close()
 
 
 def test_a_successor_has_a_new_epoch_and_gets_the_traffic(harness: Harness) -> None:

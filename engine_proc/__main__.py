@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from engine_proc.core import EngineCore
 from engine_proc.plan import Runner
@@ -27,7 +28,7 @@ def load(model: ModelConfig, context: Context) -> Runner:
         from engine_proc.null import NullRunner
         return NullRunner(model.engine, model.vocab_size)
     from engine_proc.loader import load_runner
-    return load_runner(model, context.progress)
+    return load_runner(model, context.progress, Path(context.config.run_dir))
 
 
 def load_pooling(model: ModelConfig, context: Context) -> PoolRunner:

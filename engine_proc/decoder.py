@@ -13,6 +13,7 @@ import torch
 from engine_proc.arch import Arch
 from engine_proc.attention import AttentionBatch, AttentionSpec, PagedAttention
 from engine_proc.layers import Linear, Norm, Ops, RopeTable
+from engine_proc.parallel.share import WHOLE, Share
 from engine_proc.rope import tables
 from engine_proc.weights import Weights
 
@@ -60,7 +61,7 @@ class Decoder:
     def forward(self, batch: ModelBatch, cache: PagedAttention) -> torch.Tensor:
         """Hidden states of `batch.rows` after the last norm, [R, hidden]; K and V of all tokens are in the cache."""
         ops, scale = self.ops, self.arch.residual_scale
-        x = self.embedding[batch.ids if batch.embeds is None else batch.ids.clamp_min(0)]
+        x = ops.embed(self.embedding, batch.ids if batch.embeds is None else batch.ids.clamp_min(0))
         if self.embed_scale != 1.0:
             x = x * self.embed_scale
         if batch.embeds is not None:
@@ -117,39 +118,40 @@ class Decoder:
 
 
 def load_decoder(arch: Arch, weights: Weights, ops: Ops, longest: int,
-                 progress: Callable[[int], None], *, head: bool = True) -> Decoder:
+                 progress: Callable[[int], None], *, head: bool = True, share: Share = WHOLE) -> Decoder:
     """Read, fuse and pack the weights of `arch` for up to `longest` positions. StartError when the files do not fit.
 
     Without `head` the decoder is for its hidden states only: the vocabulary's matrix is not packed a second time.
+    `share`: the part of the model that this process holds.
     """
     ropes = [RopeTable(*tables(rope, longest)) for rope in arch.ropes]
     wide = (arch.vocab, arch.hidden)
     embed_name = weights.find(f"{arch.names['embed']}.weight", wide) or f"model.{arch.names['embed']}.weight"
     weights.base = embed_name.removesuffix(f"{arch.names['embed']}.weight")
-    embedding = weights.get(embed_name, wide)
+    embedding = weights.assemble(share.tokens(embed_name, wide))
     layers = []
     for number, layer in enumerate(arch.layers):
         progress(100 * number // len(arch.layers))
-        reader = _LayerReader(arch, weights, ops, f"{weights.base}layers.{number}.")
+        reader = _LayerReader(arch, weights, ops, f"{weights.base}layers.{number}.", share)
         rope = None if layer.rope is None else ropes[layer.rope]
         window = layer.window if layer.window is not None and layer.window < longest else None
         spec = AttentionSpec(scale=arch.attn_scale, window=window, softcap=arch.attn_softcap)
         layers.append(reader.read(rope, spec))
-    reader = _LayerReader(arch, weights, ops, weights.base)
+    reader = _LayerReader(arch, weights, ops, weights.base, share)
     norm = reader.norm("norm", arch.hidden)
     assert norm is not None
     head_name = weights.find(f"{arch.names['head']}.weight", wide) or f"{arch.names['head']}.weight"
     if arch.tied:
         weights.ignore(head_name)
-    matrix = embedding if arch.tied or not head else weights.get(head_name, wide)
-    return Decoder(arch, ops, embedding, layers, norm, ops.pack(matrix if head else matrix[:1], None))
+    matrix = embedding if arch.tied or not head else weights.assemble(share.tokens(head_name, wide))
+    return Decoder(share.local(arch), ops, embedding, layers, norm, ops.pack_head(matrix if head else matrix[:1]))
 
 
 class _LayerReader:
     """Reads the parts of one layer by role."""
 
-    def __init__(self, arch: Arch, weights: Weights, ops: Ops, prefix: str) -> None:
-        self.arch, self.weights, self.ops, self.prefix = arch, weights, ops, prefix
+    def __init__(self, arch: Arch, weights: Weights, ops: Ops, prefix: str, share: Share) -> None:
+        self.arch, self.weights, self.ops, self.prefix, self.share = arch, weights, ops, prefix, share
 
     def read(self, rope: RopeTable | None, spec: AttentionSpec) -> DecoderLayer:
         arch, names = self.arch, self.arch.names
@@ -157,27 +159,33 @@ class _LayerReader:
         qk_widths = (arch.head_dim, arch.head_dim) if arch.qk_norm == "head" else (q, kv)
         qkv = ["qkv"] if "qkv" in names else ["q", "k", "v"]
         up = ["gate_up"] if "gate_up" in names else ["gate", "up"] if arch.gated else ["up"]
-        qkv_rows = [q + 2 * kv] if "qkv" in names else [q, kv, kv]
-        up_rows = [2 * arch.mlp] if "gate_up" in names else [arch.mlp] * len(up)
+        qkv_rows = [[q, kv, kv]] if "qkv" in names else [[q], [kv], [kv]]
+        up_rows = [[arch.mlp] * 2] if "gate_up" in names else [[arch.mlp]] * len(up)
         weight, bias = self.tensors(up, up_rows, arch.hidden, arch.mlp_bias)
         return DecoderLayer(
             qkv=self.ops.pack(*self.tensors(qkv, qkv_rows, arch.hidden, arch.qkv_bias)),
-            o=self.ops.pack(*self.tensors(["o"], [arch.hidden], q, arch.o_bias)),
+            o=self.ops.pack_summed(*self.columns("o", q, arch.o_bias)),
             up=self.ops.pack_gated(weight, bias, arch.activation) if arch.gated else self.ops.pack(weight, bias),
-            down=self.ops.pack(*self.tensors(["down"], [arch.hidden], arch.mlp, arch.mlp_bias)),
+            down=self.ops.pack_summed(*self.columns("down", arch.mlp, arch.mlp_bias)),
             attn_norm=self.norm("attn_norm", arch.hidden), attn_post_norm=self.norm("attn_post_norm", arch.hidden),
             mlp_norm=self.norm("mlp_norm", arch.hidden), mlp_post_norm=self.norm("mlp_post_norm", arch.hidden),
             q_norm=self.norm("q_norm", qk_widths[0], "rms"), k_norm=self.norm("k_norm", qk_widths[1], "rms"),
             rope=rope, spec=spec)
 
-    def tensors(self, roles: list[str], rows: list[int], width: int,
+    def tensors(self, roles: list[str], blocks: list[list[int]], width: int,
                 biased: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [sum of rows, width] and bias of a fused linear layer."""
-        names = [self.prefix + self.arch.names[role] for role in roles]
-        weight = self.weights.stack([f"{name}.weight" for name in names], [(n, width) for n in rows])
-        if not biased:
-            return weight, None
-        return weight, self.weights.stack([f"{name}.bias" for name in names], [(n,) for n in rows])
+        """Weight [rows, width] and bias of a fused linear layer; `blocks`: of rows, in the tensor of each role."""
+        def read(kind: str, rest: tuple[int, ...]) -> torch.Tensor:
+            return self.weights.assemble([
+                piece for role, rows in zip(roles, blocks, strict=True)
+                for piece in self.share.rows(f"{self.prefix}{self.arch.names[role]}.{kind}", rows, rest)])
+        return read("weight", (width,)), read("bias", ()) if biased else None
+
+    def columns(self, role: str, width: int, biased: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [hidden, width] and bias of a layer that gives a part of a sum."""
+        name = self.prefix + self.arch.names[role]
+        weight = self.weights.assemble(self.share.columns(f"{name}.weight", self.arch.hidden, width))
+        return weight, self.weights.get(f"{name}.bias", (self.arch.hidden,)) if biased else None
 
     def norm(self, role: str, width: int, kind: str | None = None) -> Norm | None:
         if role not in self.arch.names:

@@ -71,8 +71,8 @@ class _Here:
         return self._arrays
 
 
-def choose(name: str) -> Device:
-    """The device of a configuration: auto, cpu or cuda."""
+def choose(name: str, rank: int = 0) -> Device:
+    """The device of a configuration (auto, cpu or cuda) for this rank of the model."""
     if name == "cuda":
         raise StartError(CONFIG, "This build of the engine does not run on CUDA; use --device cpu.")
     return Cpu()

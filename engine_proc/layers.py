@@ -50,6 +50,15 @@ class Ops(Protocol):
     def pack_gated(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Linear:
         """`weight`: [2 * n, in], the gates above the ups."""
 
+    def pack_summed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """A layer whose products are added up over the ranks of a split model."""
+
+    def pack_head(self, weight: torch.Tensor) -> Linear:
+        """The vocabulary's matrix, or this rank's rows of it."""
+
+    def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, [T, hidden]."""
+
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor: ...
 
     def gated(self, x: torch.Tensor, layer: Linear, activation: str) -> torch.Tensor:
@@ -84,6 +93,15 @@ class TorchOps:
 
     def pack_gated(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Linear:
         return Linear(weight, bias)
+
+    def pack_summed(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return self.pack(weight, bias)
+
+    def pack_head(self, weight: torch.Tensor) -> Linear:
+        return self.pack(weight, None)
+
+    def embed(self, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return table[ids]
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         return F.linear(x, layer.weight, layer.bias)

@@ -9,9 +9,10 @@ import gc
 import logging
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from engine_proc.checkpoint import refuse
 from engine_proc.decoder import Decoder, load_decoder
 from engine_proc.device import Device, available_cores, choose
 from engine_proc.layers import Ops, TorchOps
+from engine_proc.parallel.share import WHOLE
 from engine_proc.plan import PlanItem, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.rope import Unfit
@@ -33,6 +35,9 @@ from pipeline.errors import StartError
 from pipeline.exits import CONFIG, MEMORY
 from pipeline.messages import Route
 from pipeline.params import DetokSpec, SamplingParams
+
+if TYPE_CHECKING:
+    from engine_proc.parallel.team import Team
 
 Progress = Callable[[str, int], None]
 log = logging.getLogger(__name__)
@@ -54,18 +59,24 @@ REFUSED = {
 }
 
 
-def load_runner(model: ModelConfig, progress: Progress) -> ModelRunner:
-    """A runner that has passed its self-test. `progress(phase, percent)` is called now and then; StartError if not."""
+def load_runner(model: ModelConfig, progress: Progress, run_dir: Path | None = None) -> ModelRunner:
+    """A runner that has passed its self-test. `progress(phase, percent)` is called now and then; StartError if not.
+
+    `run_dir`: where the ranks of a model that is split meet.
+    """
     engine = model.engine
     directory = Path(model.path)
     config = checkpoint.check(directory)
     refuse_unsupported(config)
     if engine.quantization not in (None, "int8"):
         raise StartError(CONFIG, f"There is no quantization '{engine.quantization}'; the one there is, is int8.")
+    if engine.tensor_parallel > 1:
+        from engine_proc.parallel.start import load_split_runner
+        return load_split_runner(model, config, progress, run_dir)
     torch.set_num_threads(engine.threads or available_cores())
     device = choose(engine.device)
     progress("loading weights", 0)
-    try:
+    with enough_memory(directory):
         net, shape, facts = load_model(model, config, device, progress)
         progress("allocating the KV cache", 90)
         gc.collect()
@@ -76,17 +87,24 @@ def load_runner(model: ModelConfig, progress: Progress) -> ModelRunner:
         if isinstance(net, Decoder) and net.ops.name == "kernels":
             from engine_proc.fused import FusedDecoder
             net = FusedDecoder(net, cache)
+    runner = ModelRunner(net, cache, device, engine, num_blocks, model.max_model_len, facts)
+    progress("self-test", 95)
+    self_test(runner, directory)
+    progress("ready", 100)
+    return runner
+
+
+@contextmanager
+def enough_memory(directory: Path) -> Iterator[None]:
+    """Whatever says that memory ran out becomes one sentence."""
+    try:
+        yield
     except (MemoryError, torch.OutOfMemoryError):
         raise StartError(MEMORY, f"There is not enough memory to load {directory}.") from None
     except RuntimeError as error:
         if "alloc" in str(error).lower():       # what torch raises when the host has no memory
             raise StartError(MEMORY, f"There is not enough memory to load {directory}.") from None
         raise
-    runner = ModelRunner(net, cache, device, engine, num_blocks, model.max_model_len, facts)
-    progress("self-test", 95)
-    self_test(runner, directory)
-    progress("ready", 100)
-    return runner
 
 
 def refuse_unsupported(config: dict[str, Any]) -> None:
@@ -112,7 +130,7 @@ def load_model(model: ModelConfig, config: dict[str, Any], device: Device,
     why = ""
     if backend != "transformers":
         try:
-            return _own(model, config, device, progress)
+            return own_model(model, config, device, progress)
         except Unfit as unfit:
             why = str(unfit)
             if backend == "own":
@@ -126,8 +144,9 @@ def load_model(model: ModelConfig, config: dict[str, Any], device: Device,
     return hf, shape, _facts(config, dtype, device, "transformers", why)
 
 
-def _own(model: ModelConfig, config: dict[str, Any], device: Device,
-         progress: Progress) -> tuple[Decoder, dict[str, int], dict[str, Any]]:
+def own_model(model: ModelConfig, config: dict[str, Any], device: Device, progress: Progress,
+              team: Team | None = None) -> tuple[Decoder, dict[str, int], dict[str, Any]]:
+    """`load_model` for the own decoder, or for the part of it that this member of `team` holds. Unfit if it is not one."""
     arch = architectures.describe(config)
     for rope in arch.ropes:
         if rope.kind == "dynamic" and model.max_model_len > rope.original_max:
@@ -135,9 +154,13 @@ def _own(model: ModelConfig, config: dict[str, Any], device: Device,
                          f"--max-model-len {model.max_model_len} is more.")
     weights = Weights(Path(model.path))
     dtype = weights.dtype = _dtype(model.engine, weights, device)
-    ops = choose_ops(model.engine, arch, dtype, device, progress)
+    if team is None:
+        ops, share = choose_ops(model.engine, arch, dtype, device, progress), WHOLE
+    else:
+        from engine_proc.parallel.ops import ParallelOps
+        ops, share = ParallelOps(team, arch.vocab), team.share
     net = load_decoder(arch, weights, ops, model.max_model_len,
-                       lambda percent: progress("loading weights", percent * 9 // 10))
+                       lambda percent: progress("loading weights", percent * 9 // 10), share=share)
     left = weights.left_over()
     if left:
         raise Unfit(f"the description of '{arch.family}' does not use the tensor '{left[0]}'")

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from engine_proc.checkpoint import refuse, tensor_table
+from engine_proc.parallel.share import Piece
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Buffers that some files carry and that follow from the configuration.
@@ -56,12 +57,20 @@ class Weights:
 
     def stack(self, names: list[str], shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> torch.Tensor:
         """Several tensors below one another (dimension 0), which is what a fused linear layer needs."""
-        total = sum(shape[0] for shape in shapes)
-        out = torch.empty((total, *shapes[0][1:]), dtype=dtype or self.dtype)
+        return self.assemble([Piece(name, shape, (0, shape[0])) for name, shape in zip(names, shapes, strict=True)], dtype)
+
+    def assemble(self, pieces: list[Piece], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Parts of tensors below one another; nothing else of them is read."""
+        total = sum(last - first for first, last in (piece.rows for piece in pieces))
+        columns = pieces[0].columns
+        rest = pieces[0].shape[1:] if columns is None else (columns[1] - columns[0],)
+        out = torch.empty((total, *rest), dtype=dtype or self.dtype)
         row = 0
-        for name, shape in zip(names, shapes, strict=True):
-            out[row:row + shape[0]].copy_(self._mapped(name, shape))
-            row += shape[0]
+        for piece in pieces:
+            (first, last), whole = piece.rows, self._mapped(piece.name, piece.shape)
+            part = whole[first:last]
+            out[row:row + last - first].copy_(part if piece.columns is None else part[:, slice(*piece.columns)])
+            row += last - first
         return out
 
     def _mapped(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

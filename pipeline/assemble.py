@@ -178,6 +178,9 @@ def model_config(settings: Settings, source: Source, directory: Path, tokenizer:
         for key in ("pooler_config", "long_inputs"):
             if settings.given(key):
                 raise _wrong(f"--{BY_KEY[key].name} is for pooling models, and '{source.name}' is there to {task}.")
+    if settings["tensor_parallel_size"] > 1 and (task != "generate" or null):
+        raise _wrong("--tensor-parallel-size is for models that generate text" + (", not for the null engine." if null else
+                     f", and '{source.name}' is there to {task}."))
     tools, reasoning = _parsers(settings, tokenizer)
     if wanted is not None and longest is not None and wanted > longest:
         raise _wrong(f"--max-model-len is {wanted}, and the model has a context of {longest} tokens.")
@@ -224,7 +227,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_prefill_chunk=min(settings["max_prefill_chunk"], settings["max_num_batched_tokens"]),
         max_mixed_prefill=settings["max_mixed_prefill"],
         enable_prefix_caching=settings["enable_prefix_caching"], scheduling_policy=settings["scheduling_policy"],
-        logprobs_mode=settings["logprobs_mode"], threads=settings["threads"], kernels=settings["enable_kernels"])
+        logprobs_mode=settings["logprobs_mode"], threads=settings["threads"], kernels=settings["enable_kernels"],
+        tensor_parallel=settings["tensor_parallel_size"])
 
 
 def server_config(settings: Settings, models: Sequence[ModelConfig], *, run_dir: Path, log_dir: Path, port: int,

@@ -42,6 +42,7 @@ class EngineConfig:
     threads: int | None = None               # None: by core count
     logprobs_mode: str = "raw_logprobs"      # raw_logprobs | processed_logprobs | raw_logits | processed_logits
     kernels: bool = True                     # our own CPU kernels, where a compiler is found
+    tensor_parallel: int = 1                 # processes over which each layer of the model is split
     null_script: str = ""                    # backend null: what it answers, see engine_proc.null
     null_step_s: float = 0.0                 # backend null: least duration of a step
 

@@ -213,6 +213,8 @@ OPTIONS: tuple[Option, ...] = (
            help="detokenizer processes"),
     Option(name="data-parallel-size", group=PROCESSES, per_model=True, default=1, parse=integer(1, MAX_STAGES), metavar="N",
            help="engine processes, each with the whole model"),
+    Option(name="tensor-parallel-size", group=PROCESSES, per_model=True, default=1, parse=integer(1, 64), metavar="N",
+           help="processes that each model is split over: one per GPU"),
     Option(name="shutdown-timeout", group=PROCESSES, default=30.0, parse=seconds(0.0, 86400), metavar="S",
            help="seconds that a stop waits for running requests"),
     Option(name="hang-timeout", group=PROCESSES, default=60.0, parse=seconds(1.0, 86400), metavar="S",

@@ -31,7 +31,7 @@ def secure(folder: Path) -> Iterator[Server]:
     with Server("--null-engine", "echo", "--served-model-name", "null", "--ssl-certfile", str(certificate), "--ssl-keyfile",
                 str(key), "--root-path", "/llm", "--allowed-origins", PAGE, "--api-key-file", str(folder / "keys"),
                 "--enable-log-requests", "--max-log-len", "9", "--max-model-len", "256", "--chat-template", "chatml",
-                "--tensor-parallel-size", "1", model=str(gguf())) as server:
+                "--pipeline-parallel-size", "1", model=str(gguf())) as server:
         yield server
 
 
@@ -41,7 +41,7 @@ def trusting(number: int) -> httpx.Client:
 
 def test_it_says_where_it_serves_and_what_has_no_effect(secure: Server) -> None:
     assert secure.url.startswith("https://127.0.0.1:")
-    assert any("--tensor-parallel-size has no effect of its own" in line for line in secure.lines)
+    assert any("--pipeline-parallel-size has no effect of its own" in line for line in secure.lines)
 
 
 def test_openais_client_over_https_under_the_prefix(secure: Server) -> None:

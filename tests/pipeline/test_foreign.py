@@ -46,8 +46,8 @@ def test_a_foreign_flag_is_one_sentence_that_ends(flag: foreign.Foreign) -> None
 
 
 @pytest.mark.parametrize(("arguments", "warnings"), [
-    (["--enable-request-id-headers"], 1), (["--tensor-parallel-size", "1", "model"], 1),
-    (["--tensor-parallel-size=1"], 1), (["--gpu-memory-utilization", "0.9", "--enforce-eager"], 2),
+    (["--enable-request-id-headers"], 1), (["--pipeline-parallel-size", "1", "model"], 1),
+    (["--pipeline-parallel-size=1"], 1), (["--gpu-memory-utilization", "0.9", "--enforce-eager"], 2),
     (["--no-enable-lora"], 1), (["--enable_chunked_prefill"], 1), (["--uvicorn-log-level", "debug"], 1)])
 def test_what_asks_for_nothing_else_is_taken_with_a_word(arguments: list[str], warnings: int) -> None:
     settings = resolve(arguments, {})
@@ -57,7 +57,7 @@ def test_what_asks_for_nothing_else_is_taken_with_a_word(arguments: list[str], w
 
 @pytest.mark.parametrize(("arguments", "part"), [
     (["--middleware", "my.Middleware"], "--middleware is not supported. Python code is not loaded"),
-    (["--tensor-parallel-size", "2"], "--tensor-parallel-size is not supported with '2'. A model runs on one device"),
+    (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size is not supported with '2'. A model's layers are not"),
     (["--enable-lora"], "merge the adapter"), (["--lora-modules", "a=b"], "merge the adapter"),
     (["--no-enable-chunked-prefill"], "always chunked"), (["--revision", "main"], "org/name@revision"),
     (["--speculative-config", "{}"], "Speculative decoding"), (["--kv-cache-dtype", "fp8"], "type of the model"),
@@ -67,7 +67,7 @@ def test_what_quartet_cannot_do_is_refused_with_the_way_to_go(arguments: list[st
 
 
 def test_keys_of_a_file_for_vllm(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("tensor-parallel-size: 1\nenforce_eager: true\ndisable-fastapi-docs: true\n")
+    (tmp_path / "c.yaml").write_text("pipeline-parallel-size: 1\nenforce_eager: true\ndisable-fastapi-docs: true\n")
     settings = resolve(["--config", str(tmp_path / "c.yaml")], {})
     assert len(settings.warnings) == 2 and settings["disable_docs"] is True
     (tmp_path / "c.yaml").write_text("pipeline_parallel_size: 4\n")

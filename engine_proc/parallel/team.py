@@ -24,7 +24,7 @@ class Team:
     """One rank's view of all."""
 
     share: Share
-    group: dist.ProcessGroup
+    group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place, in x's dtype; the same bits on every rank."""

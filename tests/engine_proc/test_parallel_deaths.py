@@ -43,7 +43,7 @@ def engine(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_rank_that_hangs_ends_the_engine_and_dies_with_it(engine: subprocess.Popen[str]) -> None:
-    """The engine waits in a collective for a limited time (here shortened from TIMEOUT_S); the kernel kills even a stopped rank."""
+    """A collective waits for a limited time (here less than TIMEOUT_S); the kernel kills even a stopped rank."""
     (rank,) = children(engine.pid)
     ended = os.pidfd_open(rank)
     os.kill(rank, signal.SIGSTOP)

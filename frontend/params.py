@@ -132,7 +132,7 @@ def chat(body: ChatBody, raw: dict[str, Any], config: ServerConfig, now_ns: int)
         raise invalid("'max_tokens' and 'max_completion_tokens' contradict each other.", "max_tokens")
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if max_tokens == 0:
-        raise invalid("'max_tokens' must be at least 1.", "max_tokens")
+        raise invalid(f"'{_cap(body)}' must be at least 1.", _cap(body))
     if max_tokens is None:
         default = _default(model, "max_new_tokens", None)
         max_tokens = None if default is None else min(int(default), model.max_model_len)
@@ -286,14 +286,19 @@ def _check_beams(body: Sampling) -> None:
                                "'use_beam_search'.", name)
 
 
+def _cap(body: Sampling) -> str:
+    """The name under which the request gave its largest number of tokens."""
+    return "max_tokens" if getattr(body, "max_completion_tokens", None) is None else "max_completion_tokens"
+
+
 def _sampling(body: Sampling, config: ServerConfig, model: ModelConfig, max_tokens: int | None,
               logprobs: int | None) -> SamplingParams:
     limit = model.max_model_len
     if max_tokens is not None and max_tokens > limit:
-        raise invalid(f"'max_tokens' may be at most {limit}, the context length of the model.", "max_tokens")
+        raise invalid(f"'{_cap(body)}' may be at most {limit}, the context length of the model.", _cap(body))
     budget = limit if max_tokens is None else max_tokens
     if (body.min_tokens or 0) > budget:
-        raise invalid(f"'min_tokens' may not exceed 'max_tokens' ({budget}).", "min_tokens")
+        raise invalid(f"'min_tokens' may not exceed '{_cap(body)}' ({budget}).", "min_tokens")
     if not body.use_beam_search:
         for name in ("length_penalty", "early_stopping"):
             if getattr(body, name) not in (None, 1.0 if name == "length_penalty" else False):

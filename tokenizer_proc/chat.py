@@ -39,6 +39,9 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
     tools = parse(chat.tools_json, list, "tools")
     documents = parse(chat.documents_json, list, "documents")
     template = _template(model, chat, trust_template, bool(tools), bool(documents))
+    if documents and not template.mentions("documents"):
+        raise QuartetError("unsupported_parameter", "The chat template of this model shows no 'documents'"
+                           + (" beside 'tools'." if tools else "."), "documents")
     variables: dict[str, Any] = {
         **model.template_defaults, **template_kwargs(chat.kwargs_json),
         "messages": normalise(chat.messages_json, wants_parts=template.wants_parts,

@@ -24,7 +24,8 @@ FORMS: tuple[tuple[object, ...], ...] = (
 
 
 def between(model: TextModel, prefix: str, suffix: str, add_special: bool) -> array[int]:
-    """Prompt ids that ask for what stands between the two texts; unsupported_parameter for other models."""
+    """Prompt ids that ask for what stands between the two texts; unsupported_parameter for other models, unless nothing
+    has to follow."""
     for form in FORMS:
         known = {part: model.tokenizer.token_to_id(part) for part in form if isinstance(part, str)}
         marks = {part: number for part, number in known.items() if number is not None}
@@ -37,5 +38,7 @@ def between(model: TextModel, prefix: str, suffix: str, add_special: bool) -> ar
             else:
                 ids.extend(model.encode([(prefix if part is PREFIX else suffix, False)], False))
         return ids
+    if not suffix:
+        return model.encode([(prefix, False)], add_special)
     raise QuartetError("unsupported_parameter", "The parameter 'suffix' needs a model that was trained to fill in the "
                        "middle: the tokenizer of this one has no tokens for it.", "suffix")

@@ -210,6 +210,9 @@ def test_max_completion_tokens() -> None:
     assert chat(max_completion_tokens=7).spec.sampling.max_tokens == 7
     assert chat(max_completion_tokens=7, max_tokens=7).spec.sampling.max_tokens == 7
     refused(chat, max_completion_tokens=7, max_tokens=8)
+    for wrong in ({"max_completion_tokens": 0}, {"max_completion_tokens": 10**6}):
+        assert refused(chat, **wrong).param == "max_completion_tokens"
+    assert refused(chat, max_tokens=0).param == "max_tokens"
 
 
 def test_min_tokens_is_checked_after_the_defaults() -> None:

@@ -235,6 +235,8 @@ def test_suffix(whole: Whole, directory: Path, tmp_path: Path) -> None:
         assert refused(whole, suffix="x", **more).param == "suffix"
     for file in directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes().replace(b"fim_middle", b"fim_centre"))
+    (plain,) = Whole(tmp_path).complete(prompt="the quick", suffix="", return_token_ids=True)["choices"]
+    assert plain["prompt_token_ids"] == whole.encode("the quick")          # nothing that would have to follow
     error = refused(Whole(tmp_path), suffix="x")
     assert (error.code, error.param) == ("unsupported_parameter", "suffix")
 

@@ -102,14 +102,24 @@ def test_the_operators_variables_are_defaults_for_the_requests(tmp_path: Path) -
 def test_documents_choose_the_template_for_documents(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain {{ documents | length if documents else 0 }}"},
              {"name": "rag", "template": "{% for d in documents %}{{ d.title }}: {{ d.text }};{% endfor %}"},
-             {"name": "tool_use", "template": "tools"}]
+             {"name": "tool_use", "template": "tools {{ documents | length if documents else 0 }}"}]
     m = model(tmp_path, named)  # type: ignore[arg-type]
     documents = json.dumps([{"title": "a", "text": "b"}]).encode()
     assert text(m, chat(USER)) == "plain 0"
     assert text(m, chat(USER, documents_json=documents)) == "a: b;"
-    assert text(m, chat(USER, documents_json=documents, tools=[TOOL])) == "tools"
+    assert text(m, chat(USER, documents_json=documents, tools=[TOOL])) == "tools 1"
     only = model(tmp_path, named[:1])  # type: ignore[arg-type]
     assert text(only, chat(USER, documents_json=documents)) == "plain 1"
+
+
+def test_documents_that_the_template_would_not_show_are_refused(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": "hello"}, {"name": "rag", "template": "{{ documents }}"},
+             {"name": "tool_use", "template": "tools"}]
+    for m, more in ((model(tmp_path, "hello"), {}), (model(tmp_path, named), {"tools": [TOOL]})):  # type: ignore[arg-type]
+        assert text(m, chat(USER, documents_json=b"[]", **more)) in ("hello", "tools")
+        with pytest.raises(QuartetError) as caught:
+            text(m, chat(USER, documents_json=b'[{"text": "b"}]', **more))
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "documents")
 
 
 # ---- roles ----

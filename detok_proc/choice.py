@@ -28,7 +28,7 @@ class Choice:
     __slots__ = (
         "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "finish",
         "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts", "_ids",
-        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans")
+        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans", "_simple")
 
     def __init__(self, opened: Open, vocab: Vocab, engine: int, engine_epoch: int) -> None:
         """Replays `opened.history` silently: the first delta follows what an undisturbed run would have sent."""
@@ -43,6 +43,7 @@ class Choice:
             vocab, left, skip_special=spec.skip_special, spaces=spec.spaces_between_special or spec.skip_special,
             markers=self._answer.markers if self._answer is not None else frozenset())
         self._stops = Stops(spec.stop, spec.include_stop) if spec.stop else None
+        self._simple = self._answer is None and self._stops is None
         self._min_tokens, self._include_stop = spec.min_tokens, spec.include_stop
         self._left, self._left_done = left, 0
         self._usage: Usage | None = None
@@ -77,9 +78,16 @@ class Choice:
 
         Raises Gap when ids before these are missing. Ids that were seen before are skipped.
         """
+        packed, finish, logprobs = out.ids, out.finish, out.logprobs
+        if (self._simple and out.start == self.have and len(packed) == 4 and not finish and logprobs is None
+                and out.prompt_logprobs is None and out.usage is None):
+            self.have += 1                    # one more token, and nothing else: nearly always
+            self._ids.append(packed)
+            self._say(self._text.push(int.from_bytes(packed, "little")))
+            return None
         if out.start != self.have:
             out = self._rest(out)
-        packed, finish, logprobs = out.ids, out.finish, out.logprobs
+            packed, finish, logprobs = out.ids, out.finish, out.logprobs
         numbers: Sequence[int] = (int.from_bytes(packed, "little"),) if len(packed) == 4 else unpack_ids(packed)
         if logprobs is not None:
             self._name(logprobs, numbers)
@@ -121,13 +129,15 @@ class Choice:
     def delta(self) -> TextDelta:
         """Everything that waits, as one delta. Call `sent` when it was taken."""
         texts, ids = self._texts, self._ids
-        return TextDelta(
+        made = TextDelta(
             self.rid, self.sent_chars, texts[0] if len(texts) == 1 else "".join(texts), self.sent_have,
             ids[0] if len(ids) == 1 else b"".join(ids), self.finish, self._stop,
             _join(self._logprobs) if self._logprobs else None, self._prompt_text,
-            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage,
-            [Span(kind, chars) for kind, chars in self._spans],
-            *((0, False) if self._answer is None else (self._answer.reasoning_tokens, self._answer.in_call)))
+            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
+        if self._answer is not None:
+            made.spans = [Span(kind, chars) for kind, chars in self._spans]
+            made.reasoning_tokens, made.open_call = self._answer.reasoning_tokens, self._answer.in_call
+        return made
 
     def sent(self) -> None:
         self.sent_have, self.sent_chars, self.waiting = self.have, self.chars, False

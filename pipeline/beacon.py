@@ -1,9 +1,9 @@
-"""Beacons: what every stage says about itself ten times a second, and how the others listen.
+"""Beacons: what every stage says about itself once a second and on change, engines ten times, and how the others listen.
 
 A daemon thread owns the PUB socket, so a beacon goes out however long the main loop's turn lasts; the age of the last
 turn tells a hang from work. Only a new epoch is a death: silence or an old tick affect routing and readiness, nothing
-else. A lost beacon heals itself with the next one. Who only wants to hear of epochs and changes subscribes to the slow
-topic: each beacon wakes every process that hears it, beside the threads of an engine's step.
+else. A lost beacon heals itself with the next one. Each beacon wakes every process that hears it, beside the threads of an
+engine's step: so only engines, whose load frontends go by, are fast, and who does not need that listens to the slow topic.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.schema import BadFrame
 from pipeline.transport import Status
 
 BEACON_TOPIC, METRICS_TOPIC = b"b", b"m"
-SLOW_TOPIC = BEACON_TOPIC + b"s"  # changes, all while a stage is not ready, and one a second: listeners to all get these too
+SLOW_TOPIC = BEACON_TOPIC + b"s"  # changes, all while a stage is not ready, and one a second
 SLOW_PERIOD_S = METRICS_PERIOD_S = 1.0
 FRESH_S = 3.0                     # a stage whose newest beacon is older than this is not counted as ready
 
@@ -72,7 +72,7 @@ class BeaconPublisher:
     def _run(self) -> None:
         socket = sockets.publisher(self._ctx, beacon_endpoint(self._config, self._kind, self._index))
         next_metrics = next_slow = 0.0
-        slow_s = min(SLOW_PERIOD_S, self._config.timeouts.hang_s / 8)
+        slow_s, fast_s = min(SLOW_PERIOD_S, self._config.timeouts.hang_s / 8), self._config.timeouts.beacon_s
         changed = True
         try:
             while not self._stop:
@@ -84,7 +84,8 @@ class BeaconPublisher:
                     next_metrics = now + METRICS_PERIOD_S
                     metrics = Metrics(self._kind, self._index, self._epoch, snapshot(self._registry))
                     socket.send_multipart([METRICS_TOPIC, *codec.encode(metrics)], zmq.NOBLOCK)
-                changed = self._wake.wait(self._config.timeouts.beacon_s)
+                slow = self.status.state == State.READY and self._kind is not Kind.ENGINE
+                changed = self._wake.wait(max(fast_s, slow_s) if slow else fast_s)
                 self._wake.clear()
         finally:
             socket.close(linger=0)

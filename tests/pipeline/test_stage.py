@@ -168,7 +168,7 @@ def test_who_listens_slowly_hears_of_changes_and_of_little_else(
     monkeypatch.setattr(beacon, "SLOW_PERIOD_S", 1e6)
     made = ServerConfig(run_dir=str(tmp_path), log_dir=str(tmp_path), models=(ModelConfig(names=("m",), path="/"),),
                         timeouts=replace(TimeoutsConfig(), beacon_s=0.005, hang_s=1e9))
-    key, status = (Kind.TOKENIZER, 0), Status(state=State.READY)
+    key, status = (Kind.ENGINE, 0), Status(state=State.READY)
     fast, slow = BeaconWatcher(ctx, made, [key]), BeaconWatcher(ctx, made, [key], slow=True)
     publisher = BeaconPublisher(ctx, made, *key, 1, status, CollectorRegistry())
 

@@ -550,7 +550,7 @@ class Census:
 
 @dataclass(slots=True)
 class Beacon:
-    """every stage -> PUB, at 10 Hz and on change."""
+    """every stage -> PUB: see pipeline.beacon."""
 
     protocol: u16
     kind: u8

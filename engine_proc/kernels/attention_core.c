@@ -6,7 +6,7 @@
  * zeros, and parts are merged in order.  Tokens beyond the context are never read (their slots may hold NaN).
  * Softmax over blocks: Milakov & Gimelshein 2018; split contexts: Dao et al., Flash-Decoding, 2023.
  */
-#include "attention_cache.h"
+#include "attention_few.h"
 
 #define LOG2E 1.4426950408889634
 
@@ -119,53 +119,94 @@ static void softmax_row(const attention_args *a, workspace *w, long row, long lo
     }
 }
 
-/* One chunk of n tokens whose rows are at `at`, for the rows of one kv head. */
-static void head_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
-                     const long *at, const upcoming *next) {
+/* Scores of the rows of one kv head become weights. */
+static void weigh_rows(const attention_args *a, const attention_item *item, workspace *w, long start, long n, long from,
+                       long to) {
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
-    int scored = score_few(a, w, at, next, n), few = w->rows <= FEW_ROWS;
-    if (!scored && a->cache_bf16) load_keys(a, w, at, next, n, 1);
-    else if (!scored) load_keys(a, w, at, next, n, 0);
-    if (!few && a->cache_bf16) load_values(a, w, at, next, n, 1);
-    else if (!few) load_values(a, w, at, next, n, 0);
+    for (long r = from; r < to; r++) {
+        long me = position + r / w->group, lo = a->window ? me - a->window + 1 - start : 0;
+        long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
+        softmax_row(a, w, r, lo > 0 ? lo : 0, hi, n);
+    }
+}
+
+static void score_tiles(workspace *w, long row, long rows, long n) {
+    for (long p = 0; p * PANEL < n; p++)
+        tile_f32[rows](w->q + row * w->width, w->width, w->keys + p * w->dim * PANEL, w->dim,
+                       w->scores + row * CHUNK + p * PANEL, CHUNK, 0);
+}
+
+static void load_panels(const attention_args *a, workspace *w, const long *at, upcoming *next, long n) {
+    if (a->cache_bf16) load_keys(a, w, at, next, n, 1);
+    else load_keys(a, w, at, next, n, 0);
+}
+
+/* One chunk of n tokens whose rows are at `at`, for many rows of one kv head. */
+static void many_run(const attention_args *a, const attention_item *item, workspace *w, long start, long n,
+                     const long *at, upcoming *next_keys, upcoming *next_values) {
+    load_panels(a, w, at, next_keys, n);
+    if (a->cache_bf16) load_values(a, w, at, next_values, n, 1);
+    else load_values(a, w, at, next_values, n, 0);
     for (long row = 0, rows; row < w->rows; row += rows) {
         rows = tile_rows(w->rows - row);
-        for (long p = 0; p * PANEL < n && !scored; p++)
-            tile_f32[rows](w->q + row * w->width, w->width, w->keys + p * w->dim * PANEL, w->dim,
-                           w->scores + row * CHUNK + p * PANEL, CHUNK, 0);
-        for (long r = row; r < row + rows; r++) {
-            long me = position + r / w->group, lo = a->window ? me - a->window + 1 - start : 0;
-            long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
-            softmax_row(a, w, r, lo > 0 ? lo : 0, hi, n);
-        }
-        for (long d = 0; d < w->width && !few; d += PANEL)
+        score_tiles(w, row, rows, n);
+        weigh_rows(a, item, w, start, n, row, row + rows);
+        for (long d = 0; d < w->width; d += PANEL)
             tile_f32[rows](w->scores + row * CHUNK, CHUNK, w->values + d * CHUNK, n, w->out + row * w->width + d,
                            w->width, 1);
     }
-    if (few) add_few(a, w, at, next, n);
 }
 
-/* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it. */
+/* Scores of a chunk for few rows of one kv head. */
+static void score_head(const attention_args *a, workspace *w, const long *at, upcoming *next, long n) {
+    if (score_few(a, w, at, next, n)) return;
+    load_panels(a, w, at, next, n);
+    for (long row = 0, rows; row < w->rows; row += rows) {
+        rows = tile_rows(w->rows - row);
+        score_tiles(w, row, rows, n);
+    }
+}
+
+/* The part of an item's workspace that belongs to one of its heads. */
+static workspace space_of(const workspace *w, long head, long rows) {
+    workspace mine = *w;
+    mine.rows = rows;
+    mine.q += head * rows * w->width;
+    mine.out += head * rows * w->width;
+    mine.scores += head * rows * CHUNK;
+    mine.max += head * rows;
+    mine.sum += head * rows;
+    return mine;
+}
+
+/* One chunk of n tokens whose rows are at `at`; the rows at `next` come after it.  With few rows the keys of all heads come
+ * first, meanwhile the values are asked for, and during those the next keys: so that what was asked for is still there. */
 static void chunk_run(const attention_args *a, const attention_item *item, const workspace *w, long start, long n,
                       const long *at, const long *next) {
     long rows = w->rows / item->heads, bytes = w->dim * (a->cache_bf16 ? 2 : 4);
+    int few = rows <= FEW_ROWS;
     attention_args shifted = *a;
-    upcoming then = {.at = next, .k = a->k_cache, .v = a->v_cache, .dim = a->head_dim,
-                     .row = a->kv_heads * a->head_dim,
-                     .lines = item->heads == a->kv_heads && a->block_size % 16 == 0 && bytes % 64 == 0
-                                  ? item->heads * bytes / 64 : 0};
-    for (then.head = 0; then.head < item->heads; then.head++) {
-        workspace mine = *w;
-        mine.rows = rows;
-        mine.q += then.head * rows * w->width;
-        mine.out += then.head * rows * w->width;
-        mine.scores += then.head * rows * CHUNK;
-        mine.max += then.head * rows;
-        mine.sum += then.head * rows;
-        shifted.k_cache = (const char *)a->k_cache + then.head * bytes;
-        shifted.v_cache = (const char *)a->v_cache + then.head * bytes;
-        head_run(&shifted, item, &mine, start, n, at, &then);
+    upcoming keys = {.at = next, .cache = a->k_cache, .size = a->cache_bf16 ? 2 : 4, .lines = (item->heads * bytes + 63) / 64,
+                     .stream = item->heads == a->kv_heads && a->block_size % 16 == 0};
+    keys.row = a->kv_heads * a->head_dim * keys.size;
+    upcoming values = keys;
+    values.at = few ? at : next;
+    values.cache = a->v_cache;
+    for (long head = 0; head < item->heads; head++) {
+        workspace mine = space_of(w, head, rows);
+        shifted.k_cache = (const char *)a->k_cache + head * bytes;
+        shifted.v_cache = (const char *)a->v_cache + head * bytes;
+        if (few) score_head(&shifted, &mine, at, &values, n);
+        else many_run(&shifted, item, &mine, start, n, at, &keys, &values);
+    }
+    if (!few) return;
+    workspace all = *w;
+    weigh_rows(a, item, &all, start, n, 0, w->rows);
+    for (long head = 0; head < item->heads; head++) {
+        workspace mine = space_of(w, head, rows);
+        shifted.v_cache = (const char *)a->v_cache + head * bytes;
+        add_few(&shifted, &mine, at, &keys, n);
     }
 }
 
@@ -191,12 +232,17 @@ static void reset(float *max, float *sum, float *out, long rows, long width) {
 
 static void finish(const attention_args *a, const attention_item *item, workspace *w) {
     long row0 = a->query_starts[item->sequence] + item->from;
+    int apart = outputs_apart(a, w->rows / item->heads);
     for (long r = 0; r < w->rows; r++) {
         long at = (row0 + r / w->group) * a->ldo + (w->first + r % w->group) * w->dim;
         v16 inverse = v_set1(1.0f / w->total_sum[r]);
-        for (long d = 0; d < w->dim; d += 16)
-            v_store_any_n(a->out, at + d, v_mul(v_load(w->total + r * w->width + d), inverse), lanes(w->dim - d),
-                          (int)a->out_bf16);
+        for (long d = 0; d < w->dim; d += PANEL) {
+            v16 lo = v_mul(v_load(w->total + r * w->width + d), inverse);
+            v16 hi = v_mul(v_load(w->total + r * w->width + d + 16), inverse);
+            if (apart) v_zip(&lo, &hi);
+            v_store_any_n(a->out, at + d, lo, lanes(w->dim - d), (int)a->out_bf16);
+            v_store_any_n(a->out, at + d + 16, hi, lanes(w->dim - d - 16), (int)a->out_bf16);
+        }
     }
 }
 

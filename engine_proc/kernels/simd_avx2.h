@@ -129,6 +129,17 @@ INLINE void v_store_bf16_n(bf16 *p, v16 v, int n) {
 V_EACH1(v_pair_even, V_EVEN8)
 V_EACH1(v_pair_odd, V_ODD8)
 
+INLINE v16 v_zip8(__m256 a, __m256 b) {
+    __m256 lo = _mm256_unpacklo_ps(a, b), hi = _mm256_unpackhi_ps(a, b);
+    return (v16){_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31)};
+}
+/* lo, hi <- lo[0], hi[0], lo[1], hi[1] ... */
+INLINE void v_zip(v16 *lo, v16 *hi) {
+    v16 a = *lo, b = *hi;
+    *lo = v_zip8(a.lo, b.lo);
+    *hi = v_zip8(a.hi, b.hi);
+}
+
 INLINE void v_transpose8(__m256 r[8]) {
     __m256 t[8], s[8];
     UNROLL for (int i = 0; i < 8; i += 2) {

@@ -68,6 +68,14 @@ INLINE v16 v_pair_odd(v16 pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32((int)0xffff0000)));
 }
 
+/* lo, hi <- lo[0], hi[0], lo[1], hi[1] ... */
+INLINE void v_zip(v16 *lo, v16 *hi) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    v16 a = *lo;
+    *lo = _mm512_permutex2var_ps(a, first, *hi);
+    *hi = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), *hi);
+}
+
 /* r[i][j] <- r[j][i], any 32-bit lanes. */
 INLINE void v_transpose16(v16 r[16]) {
     v16 t[16];

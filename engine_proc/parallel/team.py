@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class Team:
     """One rank's view of all."""
 
     share: Share
-    group: dist.ProcessGroupGloo | dist.ProcessGroupNCCL
+    group: Any                      # dist.ProcessGroupGloo or dist.ProcessGroupNCCL
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in place, in x's dtype; the same bits on every rank."""

@@ -26,37 +26,61 @@ class StepBatch:
     position: np.ndarray                # int64 [len(sampled)]: index of the new token among the output
     scored: list[tuple[int, int, int]]  # (item, first, end): its rows among the scored ones
     targets: np.ndarray                 # int64 [scored rows]: the prompt token that follows each
+    unknown: np.ndarray | None = None   # int64 [2, n]: rows whose ids a step in flight samples, and their slots
+
+
+class Buffers:
+    """The host's side of one step. They grow to the largest step seen."""
+
+    def __init__(self, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
+        self.tokens = np.zeros((3, max_tokens), np.int64)               # ids, positions, slots
+        self.query_start = np.zeros(max_seqs + 1, np.int32)
+        self.context_len = np.zeros(max_seqs, np.int32)
+        self.tables = np.zeros((max_seqs, max_blocks), np.int32)
+
+    def reserve(self, tokens: int, seqs: int, blocks: int) -> None:
+        if tokens > self.tokens.shape[1]:
+            self.tokens = np.zeros((3, tokens), np.int64)
+        if seqs > len(self.context_len) or blocks > self.tables.shape[1]:
+            seqs, blocks = max(seqs, len(self.context_len)), max(blocks, self.tables.shape[1])
+            self.query_start = np.zeros(seqs + 1, np.int32)
+            self.context_len = np.zeros(seqs, np.int32)
+            self.tables = np.zeros((seqs, blocks), np.int32)
 
 
 class BatchBuilder:
-    """Owns the buffers. They grow to the largest step seen."""
+    """Owns the buffers: a set for each step that may be in flight, and one for the step that is being built."""
 
     def __init__(self, device: Device, block_size: int, max_tokens: int, max_seqs: int, max_blocks: int) -> None:
         self.device, self.block_size = device, block_size
-        self._tokens = np.zeros((3, max_tokens), np.int64)              # ids, positions, slots
-        self._query_start = np.zeros(max_seqs + 1, np.int32)
-        self._context_len = np.zeros(max_seqs, np.int32)
-        self._tables = np.zeros((max_seqs, max_blocks), np.int32)
+        self._sets = [Buffers(max_tokens, max_seqs, max_blocks) for _ in range(device.depth + 1)]
 
     def build(self, plan: StepPlan) -> StepBatch:
-        """The batch of a plan. Its arrays are valid until the next call."""
+        """The batch of a plan. Its arrays are valid until it is collected, which is before `depth` + 1 further calls."""
         items = plan.items
         size, total = len(items), plan.num_tokens
-        self._reserve(total, size, max(len(item.seq.block_table) for item in items))
-        ids, positions, slots = self._tokens[:, :total]
-        query_start, context_len = self._query_start[:size + 1], self._context_len[:size]
+        buffers = self._sets[plan.number % len(self._sets)]
+        buffers.reserve(total, size, max(len(item.seq.block_table) for item in items))
+        ids, positions, slots = buffers.tokens[:, :total]
+        query_start, context_len = buffers.query_start[:size + 1], buffers.context_len[:size]
         width = max(-(-(item.start + item.count) // self.block_size) for item in items)
-        tables = self._tables[:size, :width]
+        tables = buffers.tables[:size, :width]
         tables[:] = 0
+        unknown: list[tuple[int, int]] = []
         row = num_decodes = 0
         given = False
         for number, item in enumerate(items):
             seq, end = item.seq, item.start + item.count
-            assert end <= len(seq.tokens) and end <= len(seq.block_table) * self.block_size
+            assert end <= len(seq.block_table) * self.block_size
             if item.count == 1:
-                ids[row] = seq.tokens[item.start]
                 num_decodes += num_decodes == number
+                if end <= len(seq.tokens):
+                    ids[row] = seq.tokens[item.start]
+                else:                           # the token that the step ahead of this one samples
+                    ids[row] = 0
+                    unknown.append((row, seq.slot))
             else:
+                assert end <= len(seq.tokens)
                 ids[row:row + item.count] = seq.tokens[item.start:end]
             given |= seq.embeds is not None
             query_start[number] = row
@@ -81,7 +105,10 @@ class BatchBuilder:
             slots=tensor(slots), num_decodes=num_decodes, host_query_start=query_start, host_context_len=context_len)
         model = ModelBatch(ids=tensor(ids), positions=tensor(positions), rows=tensor(ids[:0]), attention=attention,
                            embeds=embeds)
-        return self._wanted(items, model, query_start)
+        batch = self._wanted(items, model, query_start)
+        if unknown:
+            batch.unknown = np.array(unknown, np.int64).T
+        return batch
 
     def _wanted(self, items: list[PlanItem], model: ModelBatch, query_start: np.ndarray) -> StepBatch:
         sampled = [number for number, item in enumerate(items) if item.sample]
@@ -118,12 +145,3 @@ class BatchBuilder:
                 rows[first:first + len(some)] = some
                 ids[first:first + len(some)] = -1
         return None if rows is None else self.device.tensor(rows)
-
-    def _reserve(self, tokens: int, seqs: int, blocks: int) -> None:
-        if tokens > self._tokens.shape[1]:
-            self._tokens = np.zeros((3, tokens), np.int64)
-        if seqs > len(self._context_len) or blocks > self._tables.shape[1]:
-            seqs, blocks = max(seqs, len(self._context_len)), max(blocks, self._tables.shape[1])
-            self._query_start = np.zeros(seqs + 1, np.int32)
-            self._context_len = np.zeros(seqs, np.int32)
-            self._tables = np.zeros((seqs, blocks), np.int32)

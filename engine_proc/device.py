@@ -6,15 +6,18 @@ itself, so `depth` is 0 and `fetch` has nothing to wait for. Engine process.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
+
+T = TypeVar("T", covariant=True)
+R = TypeVar("R")
 
 
 class Device(Protocol):
@@ -27,6 +30,9 @@ class Device(Protocol):
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array's values on the device. The array may be reused once the step is collected."""
 
+    def submit(self, work: Callable[[], R]) -> Work[R]:
+        """Have the device do `work`, after what was submitted before. It may raise here or where it is waited for."""
+
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
         """Start to bring results to the host."""
 
@@ -37,7 +43,15 @@ class Device(Protocol):
         """What `dtype: auto` means for a checkpoint stored as `native`."""
 
 
+class Work(Protocol[T]):
+    """Something that the device does, or has done."""
+
+    def wait(self) -> T: ...
+
+
 class Fetch(Protocol):
+    """Results on their way to the host."""
+
     def wait(self) -> list[np.ndarray]: ...
 
 
@@ -51,6 +65,9 @@ class Cpu:
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
+    def submit(self, work: Callable[[], R]) -> Work[R]:
+        return _Done(work())
+
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetch:
         return _Here([tensor.numpy() for tensor in tensors])
 
@@ -59,6 +76,18 @@ class Cpu:
 
     def default_dtype(self, native: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if native in (torch.bfloat16, torch.float16) else torch.float32
+
+
+class _Done(Generic[R]):
+    """Work that was done where it was submitted."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: R) -> None:
+        self._value = value
+
+    def wait(self) -> R:
+        return self._value
 
 
 class _Here:

@@ -6,6 +6,7 @@ sequence beyond a step, except for the sampler slot between `admit` and `release
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +16,11 @@ from engine_proc import sampler
 from engine_proc.attention import PagedAttention
 from engine_proc.batch import BatchBuilder, StepBatch
 from engine_proc.decoder import ModelBatch
-from engine_proc.device import Device, Fetch
+from engine_proc.device import Device, Fetch, Work
 from engine_proc.masks import Mask, masks, without_ends
 from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
-from engine_proc.slots import Slots
+from engine_proc.slots import Rows, Slots
 from pipeline.config import EngineConfig
 from pipeline.errors import invalid
 from pipeline.messages import Logprobs
@@ -41,14 +42,21 @@ class Model(Protocol):
 
 
 @dataclass(slots=True)
+class Computed:
+    """What the device made of a step."""
+
+    sampled: Fetch | None               # tokens, valid, open, the four of Ranked and the three of Beams where wanted
+    result: sampler.Sampled | None
+    scored: list[Fetch]                 # the four of Ranked, SCORED_ROWS rows each
+
+
+@dataclass(slots=True)
 class Launched:
     """A step under way."""
 
     plan: StepPlan
     batch: StepBatch
-    sampled: Fetch | None               # tokens, valid, open, the four of Ranked and the three of Beams where wanted
-    result: sampler.Sampled | None
-    scored: list[Fetch]                 # the four of Ranked, SCORED_ROWS rows each
+    work: Work[Computed]
 
 
 class ModelRunner:
@@ -79,24 +87,36 @@ class ModelRunner:
     def release(self, seq: Sequence) -> None:
         self.slots.release(seq)
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        if plan.copies:
-            self.cache.copy_blocks(plan.copies)
+        """All that is read from sequences is read here; what the device does may happen later."""
         batch = self._builder.build(plan)
-        hidden = self.model.forward(batch.model, self.cache)
-        sampled: Fetch | None = None
-        result: sampler.Sampled | None = None
-        count = len(batch.sampled)
-        if count:
+        rows: Rows | None = None
+        if batch.sampled:
             rows = self.slots.gather(batch.slots, batch.position)
             seqs = [plan.items[number].seq for number in batch.sampled]
             if any(seq.constraint is not None for seq in seqs):
                 rows.masks = masks(seqs, self.vocab_size)
                 rows.banned = without_ends(seqs, rows.banned, self.vocab_size)
                 rows.simple = rows.simple and not rows.banned
+        return Launched(plan, batch, self.device.submit(partial(self._compute, plan, batch, rows)))
+
+    @torch.inference_mode()
+    def _compute(self, plan: StepPlan, batch: StepBatch, rows: Rows | None) -> Computed:
+        """The device's part of a step; the steps' parts run in order."""
+        if plan.copies:
+            self.cache.copy_blocks(plan.copies)
+        if batch.unknown is not None:
+            where, slots = self.device.tensor(batch.unknown)
+            batch.model.ids[where] = self.slots.latest[slots]
+        hidden = self.model.forward(batch.model, self.cache)
+        sampled: Fetch | None = None
+        result: sampler.Sampled | None = None
+        count = len(batch.sampled)
+        if rows is not None:
             result = sampler.sample(self.model.logits(hidden[:count]), rows, self.slots, self._argmax, self._mode,
                                     self._mask)
+            if self.depth:
+                self.slots.latest[self.device.tensor(batch.slots)] = result.tokens
             sampled = self.device.fetch([
                 result.tokens, result.valid, *([] if result.open is None else [result.open]), *_tensors(result.ranked),
                 *([] if result.beams is None else [result.beams.ids, result.beams.scores, result.beams.values])])
@@ -106,15 +126,15 @@ class ModelRunner:
             targets = self.device.tensor(batch.targets[first:first + SCORED_ROWS])
             logits = self.model.logits(hidden[count + first:count + first + len(targets)])
             scored.append(self.device.fetch(_tensors(sampler.rank(logits, targets, k))))
-        return Launched(plan, batch, sampled, result, scored)
+        return Computed(sampled, result, scored)
 
     def collect(self, handle: object) -> list[ItemResult]:
         assert isinstance(handle, Launched)
-        batch, results = handle.batch, [ItemResult() for _ in handle.plan.items]
-        if handle.sampled is not None:
-            self._take_sampled(handle, results)
+        batch, results, done = handle.batch, [ItemResult() for _ in handle.plan.items], handle.work.wait()
+        if done.sampled is not None:
+            self._take_sampled(handle, done, results)
         if batch.scored:
-            ranked = [np.concatenate(parts) for parts in zip(*(fetch.wait() for fetch in handle.scored))]
+            ranked = [np.concatenate(parts) for parts in zip(*(fetch.wait() for fetch in done.scored))]
             for number, first, end in batch.scored:
                 result, seq = results[number], handle.plan.items[number].seq
                 if not np.isfinite(ranked[0][first:end]).all():
@@ -123,12 +143,12 @@ class ModelRunner:
                     result.prompt_logprobs = _record(ranked, first, end, seq.sampling.prompt_logprobs or 0)
         return results
 
-    def _take_sampled(self, handle: Launched, results: list[ItemResult]) -> None:
+    def _take_sampled(self, handle: Launched, done: Computed, results: list[ItemResult]) -> None:
         """Tokens, log-probabilities and candidates of the sampled rows."""
-        assert handle.sampled is not None and handle.result is not None
-        items, result = [handle.plan.items[number] for number in handle.batch.sampled], handle.result
+        assert done.sampled is not None and done.result is not None
+        items, result = [handle.plan.items[number] for number in handle.batch.sampled], done.result
         mine = [results[number] for number in handle.batch.sampled]
-        tokens, valid, *rest = handle.sampled.wait()
+        tokens, valid, *rest = done.sampled.wait()
         is_open = np.ones(len(mine), bool) if result.open is None else rest.pop(0)
         for each, token, fine, some in zip(mine, tokens.tolist(), valid.tolist(), is_open.tolist()):
             if fine and some:

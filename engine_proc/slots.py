@@ -85,6 +85,7 @@ class Slots:
         self._min_tokens = np.zeros(count, np.int64)
         self._special = np.zeros(count, bool)           # slots that ask for more than the best token
         self.histories, self.allowed, self.thinking = Histories(longest, device), Allowed(vocab, device), Budgets(device)
+        self.latest = torch.zeros(count, dtype=torch.int64, device=device)      # tokens that steps in flight sample
         self._free_counts: list[int] = []
         self.counts = torch.zeros((0, vocab), dtype=torch.int32, device=device)       # [P, V]: among the output
 
@@ -198,6 +199,7 @@ class Slots:
         self._top_p, self._min_tokens, self._special = (
             np.concatenate([table, np.zeros_like(table)]) for table in (self._top_p, self._min_tokens, self._special))
         self._free = list(range(2 * old - 1, old - 1, -1))
+        self.latest = torch.cat([self.latest, torch.zeros_like(self.latest)])
 
     def assert_invariants(self, running: list[Sequence]) -> None:
         """`running`: every sequence that was admitted and not released."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tokenizer_proc.generated import resolve, understood
+
 MAX_DEPTH = 64
 MAX_NODES = 50_000
 # Between two tokens of JSON: a space or two, or a line break with its indentation. Never without an end.
@@ -57,7 +59,10 @@ def prepare(schema: Any, whitespace: str | None, closed: bool = False, open_: bo
     if whitespace != "":
         options = {"whitespace_pattern": WHITESPACE if whitespace is None else whitespace}
     closed = closed or not open_ and not joins(schema)
-    return {**_rewritten(schema, schema, closed), "x-guidance": options}
+    made = _rewritten(schema, schema, closed)
+    if not isinstance(made, dict):
+        raise Unusable("The JSON schema allows nothing.")
+    return {**made, "x-guidance": options}
 
 
 def joins(schema: Any) -> bool:
@@ -81,7 +86,9 @@ def joins(schema: Any) -> bool:
 def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
     if not isinstance(schema, dict):
         return schema                        # true, false, or what the library will refuse
-    made = {key: value for key, value in schema.items() if key != "x-guidance"}
+    made = understood({key: value for key, value in schema.items() if key != "x-guidance"}, root)
+    if not isinstance(made, dict):
+        return made
     for key in _ONE:
         if isinstance(made.get(key), dict):
             made[key] = _rewritten(made[key], root, closed)
@@ -112,7 +119,7 @@ def _rewritten(schema: Any, root: Schema, closed: bool) -> Any:
 
 def disjoint(branches: list[Any], root: Schema) -> bool:
     """Whether no value can be valid under two of `branches`: they differ in type, or in a required constant."""
-    resolved = [_resolve(branch, root) for branch in branches]
+    resolved = [resolve(branch, root) for branch in branches]
     return all(isinstance(branch, dict) for branch in resolved) and all(
         _apart(one, other, root) for i, one in enumerate(resolved) for other in resolved[:i])
 
@@ -126,22 +133,10 @@ def _apart(one: Schema, other: Schema, root: Schema) -> bool:
     if _kinds(one) | _kinds(other) != {"object"}:
         return False
     for name in {*_strings(one.get("required"))} & {*_strings(other.get("required"))}:
-        found = [_values(_resolve(_property(branch, name), root)) for branch in (one, other)]
+        found = [_values(resolve(_property(branch, name), root)) for branch in (one, other)]
         if all(found) and not found[0] & found[1]:
             return True
     return False
-
-
-def _resolve(schema: Any, root: Schema) -> Any:
-    """`schema` behind its local references, a few of them."""
-    for _ in range(8):
-        if not isinstance(schema, dict) or not isinstance(schema.get("$ref"), str):
-            break
-        target: Any = root
-        for part in schema["$ref"].removeprefix("#").strip("/").split("/"):
-            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
-        schema = target
-    return schema
 
 
 def _kinds(schema: Schema) -> set[str]:

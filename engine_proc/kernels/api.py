@@ -130,6 +130,16 @@ class Kernels(ABC):
         """
 
     @abstractmethod
+    def int16_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, head_dim: int, *, scale: float, heads: range, out: Tensor
+    ) -> None:
+        """Attention of one sequence to all of itself, on the calling thread alone, for `heads` only.
+
+        q, k, v [T, H * head_dim] float32, head_dim a multiple of 16 up to 128. The products are of 16-bit integers (12
+        to 15 bits and a sign): about 1e-3 of relative error. May be called by several threads at once.
+        """
+
+    @abstractmethod
     def set_spin(self, microseconds: float) -> None:
         """How long a thread without work spins before it sleeps: less is kinder to other processes."""
 

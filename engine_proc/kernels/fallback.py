@@ -110,6 +110,16 @@ class TorchKernels(Kernels):
         )
         return y if out is None else out.copy_(y)
 
+    def int16_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, head_dim: int, *, scale: float, heads: range, out: Tensor
+    ) -> None:
+        if not heads:
+            return
+        columns = slice(heads.start * head_dim, heads.stop * head_dim)
+        starts = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+        parts = (t[:, columns] for t in (q, k, v))
+        out[:, columns] = reference.packed_attention(*parts, starts, head_dim, scale=scale)
+
     def set_spin(self, microseconds: float) -> None:
         """Torch's threads have a policy of their own."""
 

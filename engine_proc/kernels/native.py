@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_decoder_step": (_I, [ctypes.c_char_p, ctypes.c_char_p]),
     "q_layer_norm": (None, [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I]),
     "q_packed_attention": (_I, [ctypes.c_char_p]),
+    "q_int16_attention": (_I, [ctypes.c_char_p]),
     "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
     "q_mask": (None, [_P, _P, _P, _L, _L, _L, _L]),
     "q_argmax": (None, [_P, _I, _L, _L, _L, _P, _P, _P]),
@@ -47,6 +48,7 @@ _WEIGHT = struct.Struct("2q5q")  # linear_weight in linear.h
 _ROPE = struct.Struct("11q3q5q2q2q2d")  # rope_args in rope.h
 _ATTENTION = struct.Struct("7q3q3q5q5q2d")  # attention_args in attention.h
 _PACKED_ATTENTION = struct.Struct("6q4q7qd")  # packed_attention_args in packed_attention.h
+_INT16_ATTENTION = struct.Struct("4q4q4qd")  # int16_attention_args in int16_attention.h
 _BF16 = torch.bfloat16
 
 
@@ -328,6 +330,31 @@ class NativeKernels(Kernels):
         )
         check(failed, "packed_attention")
         return out
+
+    def int16_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, head_dim: int, *, scale: float, heads: range, out: Tensor
+    ) -> None:
+        assert q.shape == k.shape == v.shape == out.shape and q.shape[0] > 0
+        assert all(t.dtype is torch.float32 and t.is_cpu and t.stride(1) == 1 for t in (q, k, v, out))
+        assert head_dim % 16 == 0 and head_dim <= 128 and 0 <= heads.start <= heads.stop <= q.shape[1] // head_dim
+        failed = self.library.q_int16_attention(
+            _INT16_ATTENTION.pack(
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                out.data_ptr(),
+                q.stride(0),
+                k.stride(0),
+                v.stride(0),
+                out.stride(0),
+                q.shape[0],
+                head_dim,
+                heads.start,
+                heads.stop,
+                scale,
+            )
+        )
+        check(failed, "int16_attention")
 
     def set_spin(self, microseconds: float) -> None:
         self.library.q_set_spin(int(microseconds * TICKS_PER_US))

@@ -47,6 +47,8 @@ class WindowRunner(Runner, Protocol):
 
     @property
     def num_free(self) -> int: ...
+    @property
+    def num_lanes(self) -> int: ...
 
     def encode(self, windows: list[Window]) -> None: ...
     def let_go(self, window: Window) -> None: ...
@@ -171,59 +173,80 @@ class SpeechCore:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Encode a window or not, compute a step or not, then tell everyone."""
+        """Encode windows or not, compute a step or not, then tell everyone."""
         now = self._clock()
         if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
             self._expire(now)
         for seq in self.scheduler.reap():
             self._left(cast(Take, seq))
-        window = self._next_window()
-        if window is not None:
-            self._encode(window)
+        windows = self._next_windows()
+        if windows:
+            self._encode(windows)
         plan = self.scheduler.plan()
         if plan is not None:
             self._step(plan)
         else:
             self._debt_ns = 0.0
         now = self._clock()
-        self._retry_ns = None if plan is not None or window is not None else now + RETRY_NS
+        self._retry_ns = None if plan is not None or windows else now + RETRY_NS
         if now >= self._next_census_ns:
             self._census(now)
         self.outputs.flush(now)
 
-    def _next_window(self) -> Window | None:
-        """The window to encode now: the first one whose language is known or that is to tell it."""
-        scheduler = self.scheduler
+    def _next_windows(self) -> list[Window]:
+        """The windows to encode now: the first ones whose language is known or that are to tell it."""
+        scheduler, chosen = self.scheduler, list[Window]()
         busy = bool(scheduler.running or scheduler.waiting)
-        if not self.runner.num_free or (busy and self._debt_ns > 0):
-            return None
+        if busy and self._debt_ns > 0:
+            return chosen
         if any(cast(Take, seq).alone for seq in (*scheduler.running, *scheduler.waiting)):
-            return None
+            return chosen
+        telling: set[int] = set()
         for window in self.waiting:
+            if len(chosen) >= min(self.runner.num_free, self.runner.num_lanes):
+                break
             request = window.request
-            if request.alone and busy:
+            if request.alone and (busy or chosen):
                 continue
-            if request.language is not None or not self.vocabulary.multilingual:
-                return window
-            if request.detecting in (-1, window.given.index if window.given else -1):
-                return window
-        return None
+            if request.language is None and self.vocabulary.multilingual:
+                number = window.given.index if window.given else -1
+                if request.rid in telling or request.detecting not in (-1, number):
+                    continue
+                telling.add(request.rid)
+            chosen.append(window)
+            if request.alone:
+                break
+        return chosen
 
-    def _encode(self, window: Window) -> None:
-        request, started = window.request, self._clock()
-        assert window.given is not None
-        self.waiting.remove(window)
+    def _encode(self, windows: list[Window]) -> None:
+        started = self._clock()
+        for window in windows:
+            if window in self.waiting:
+                self.waiting.remove(window)
         try:
-            self.runner.encode([window])
+            self.runner.encode(windows)
         except Exception as error:
+            if len(windows) > 1:                     # one by one, so that only the one that it is about fails
+                for window in windows:
+                    self.runner.let_go(window)
+                for window in windows:
+                    if not window.request.ended:
+                        self._encode([window])
+                return
             log.error("a window could not be encoded", exc_info=error)
             self._count_failure(error)
-            self._fail(request, _failure(error))
+            self._fail(windows[0].request, _failure(error))
             return
         self._failed = 0
-        window.features = None
         taken = self._clock() - started
         self._debt_ns += taken * DECODE_SHARE
+        for window in windows:
+            self._encoded(window, started, taken // len(windows))
+
+    def _encoded(self, window: Window, started: int, taken: int) -> None:
+        request = window.request
+        assert window.given is not None
+        window.features = None
         self.stats.encoded(window.given.seconds, taken / 1e9)
         request.started_ns = request.started_ns or started
         if request.language is None and self.vocabulary.multilingual:

@@ -35,6 +35,7 @@ class HfSpeech:
     def __init__(self, model: Any, slots: int) -> None:
         self._model, self._encoder, self._decoder = model, model.get_encoder(), model.get_decoder()
         self._head = model.get_output_embeddings()
+        self.num_lanes = 1
         self.vocab_size = int(model.config.vocab_size)
         self._states: list[torch.Tensor | None] = [None] * slots
         self._caches: list[EncoderDecoderCache | None] = [None] * slots

@@ -79,11 +79,14 @@ def _whisper(model: ModelConfig, config: dict[str, Any], dtype: torch.dtype, dev
                                     shape.frames, device.available_bytes())
     pages = PagedAttention(shape.decoder_layers, num_blocks, engine.block_size, shape.decoder_heads, shape.head_dim,
                            dtype, device.torch_device)
-    cross = CrossCache(shape.decoder_layers, slots, shape.frames, shape.decoder_heads, shape.head_dim, dtype, kernels)
+    # Each step reads all of it for each window, which is most of what a step reads.
+    heard = torch.bfloat16 if engine.quantization else dtype
+    cross = CrossCache(shape.decoder_layers, slots, shape.frames, shape.decoder_heads, shape.head_dim, heard, kernels)
     weights = Weights(directory, dtype)
     net = Whisper(
         shape, weights, ops, products.int8 if engine.quantization else products.plain,
-        SelfCache(pages, shape.decoder_heads, kernels), cross, torch_argmax if kernels is None else _argmax(kernels), threads)
+        SelfCache(pages, shape.decoder_heads, kernels), cross, torch_argmax if kernels is None else _argmax(kernels), threads,
+        kernels if engine.quantization and shape.width // shape.encoder_heads in range(16, 129, 16) else None)
     weights.close()
     facts = {"dtype": str(dtype).removeprefix("torch."), "device": device.name, "backend": "own",
              "architecture": "whisper", "arithmetic": ops.name, "mels": shape.mels, "window_s": 30.0,

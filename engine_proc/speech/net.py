@@ -26,9 +26,10 @@ class SpeechNet(Protocol):
     """A sequence-to-sequence speech model."""
 
     vocab_size: int
+    num_lanes: int                      # windows that are best encoded at once
 
     def encode(self, slots: list[int], inputs: list[np.ndarray]) -> None:
-        """Compute the windows' encoder states and keep what the decoder needs of them in `slots`."""
+        """Compute the encoder states of up to `num_lanes` windows; keep what the decoder needs of them in `slots`."""
 
     def forward(self, batch: SpeechBatch) -> torch.Tensor:
         """Hidden states of the wanted rows, [R, width]."""

@@ -58,6 +58,11 @@ class SpeechRunner:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_lanes(self) -> int:
+        """How many windows `encode` takes at once."""
+        return self.net.num_lanes
+
     @torch.inference_mode()
     def encode(self, windows: list[Window]) -> None:
         """Give each window a slot and compute what the decoder hears."""

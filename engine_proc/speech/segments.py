@@ -65,9 +65,9 @@ def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alig
         timed = wording.timed([ids[i] for i in text_at], alignment, vocabulary.text, spaces)
         if timed and timed[0].start_s < window.onset_s < timed[0].end_s:
             timed[0].start_s = window.onset_s
-    length, quiet_since_s = wording.usual(timed), 0.0
+    length, quiet_since_s, seconds = wording.usual(timed), 0.0, window.given.seconds
     found = []
-    for stretch in stretches(ids, begin, window.given.seconds):
+    for stretch in stretches(ids, begin, seconds):
         part = ids[stretch.first:stretch.last]
         text = vocabulary.text(part)
         if not text.strip():
@@ -75,9 +75,11 @@ def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alig
         inside = [word for word in timed if stretch.first <= text_at[word.first] < stretch.last]
         if inside:
             stretch.start_s, stretch.end_s = wording.fit(inside, stretch.start_s, stretch.end_s, quiet_since_s, length)
-            quiet_since_s = stretch.end_s
+            wording.in_order(inside, quiet_since_s, seconds)
+        stretch.start_s = min(max(stretch.start_s, quiet_since_s), seconds)
+        quiet_since_s = stretch.end_s = min(max(stretch.end_s, stretch.start_s), seconds)
         found.append(SpeechSegment(
-            start_s=origin + stretch.start_s, end_s=origin + max(stretch.end_s, stretch.start_s),
+            start_s=origin + stretch.start_s, end_s=origin + stretch.end_s,
             text=vocabulary.lead + text,
             ids=pack_ids(part), temperature=take.sampling.temperature, avg_logprob=take.avg_logprob,
             compression_ratio=compression_ratio(text), no_speech_prob=max(0.0, window.no_speech),
@@ -87,5 +89,5 @@ def segments(window: Window, take: Take, vocabulary: Vocabulary, alignment: Alig
 
 def _word(word: wording.Word, take: Take, text_at: list[int], origin: float) -> SpeechWord:
     logprobs = [take.logprobs[text_at[i]] for i in range(word.first, word.last)]
-    return SpeechWord(origin + word.start_s, origin + max(word.end_s, word.start_s), word.text,
+    return SpeechWord(origin + word.start_s, origin + word.end_s, word.text,
                       math.exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0)

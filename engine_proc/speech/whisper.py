@@ -7,6 +7,7 @@ there are some, torch otherwise. Weight names are those of the Hugging Face chec
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from engine_proc.checkpoint import refuse
+from engine_proc.kernels import Kernels
 from engine_proc.layers import Linear, Ops
 from engine_proc.speech.caches import CrossCache, SelfCache
 from engine_proc.speech.net import SpeechBatch
-from engine_proc.speech.products import Affine, Product
+from engine_proc.speech.products import Affine, Product, plain
 from engine_proc.weights import Weights
 
 EPS = 1e-5
+LANES = 4                               # windows that are encoded side by side, at most
+LANE_WEIGHTS = 100_000_000              # of an encoder; a larger one has products that keep all threads busy
 Argmax = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -80,26 +84,42 @@ class DecoderLayer:
     self_out: Linear
     cross_norm: Affine
     cross_q: Linear
-    cross_kv: Product
     cross_out: Linear
     mlp_norm: Affine
     up: Linear
     down: Linear
 
 
+@dataclass(slots=True)
+class Lane:
+    """The encoder's products for one of the threads that encode side by side: quantised ones keep state of their own."""
+
+    layers: list[EncoderLayer]
+    cross_kv: list[Product]             # of each decoder layer
+
+
 class Whisper:
-    """Implements net.SpeechNet. `pack` makes the encoder's products; `threads`: what torch uses while it encodes."""
+    """Implements net.SpeechNet. `pack` makes the encoder's products; `threads`: what torch uses while it encodes.
+
+    Several windows are encoded side by side, each by its share of the threads: where threads share the products of one
+    window, all wait at each for the one that the system has paused. With `short` kernels the encoder attends in sixteen
+    bits.
+    """
 
     def __init__(self, shape: WhisperShape, weights: Weights, ops: Ops, pack: Callable[[Affine], Product],
-                 self_cache: SelfCache, cross: CrossCache, argmax: Argmax, threads: int) -> None:
+                 self_cache: SelfCache, cross: CrossCache, argmax: Argmax, threads: int, short: Kernels | None = None) -> None:
         self.shape, self.vocab_size, self.ops, self._pack = shape, shape.vocab, ops, pack
         self.self_cache, self.cross, self.argmax = self_cache, cross, argmax
-        self._threads = threads
+        self._threads, self._short = threads, short
         width, get = shape.width, _Getter(weights)
         self._conv = [(get(f"encoder.conv{n}.weight", width, inputs, 3), get(f"encoder.conv{n}.bias", width))
                       for n, inputs in ((1, shape.mels), (2, width))]
         self._encoder_positions = get("encoder.embed_positions.weight", shape.frames, width)
-        self._encoder = [self._encoder_layer(get, f"encoder.layers.{n}.") for n in range(shape.encoder_layers)]
+        large = shape.encoder_layers * shape.width * (4 * shape.width + 2 * shape.encoder_mlp) > LANE_WEIGHTS
+        self.num_lanes = 1 if large else min(LANES, threads)
+        self._lanes = [self._lane(get) for _ in range(1 if pack is plain else self.num_lanes)]
+        self._lanes *= self.num_lanes // len(self._lanes)
+        self._team = ThreadPoolExecutor(max(self.num_lanes, min(threads, shape.encoder_heads)), "encode")
         self._encoder_norm = get.affine("encoder.layer_norm", width)
         self.embedding = get("decoder.embed_tokens.weight", shape.vocab, width)
         self._positions = get("decoder.embed_positions.weight", shape.positions, width)
@@ -107,6 +127,12 @@ class Whisper:
         self._norm = get.affine("decoder.layer_norm", width)
         head = get("proj_out.weight", shape.vocab, width, own=True) if "proj_out.weight" in weights else self.embedding
         self._head = ops.pack(head, None)
+
+    def _lane(self, get: _Getter) -> Lane:
+        shape = self.shape
+        return Lane(layers=[self._encoder_layer(get, f"encoder.layers.{n}.") for n in range(shape.encoder_layers)],
+                    cross_kv=[self._pack(get.qkv(f"decoder.layers.{n}.encoder_attn.", shape.width, "kv"))
+                              for n in range(shape.decoder_layers)])
 
     def _encoder_layer(self, get: _Getter, at: str) -> EncoderLayer:
         width, mlp, pack = self.shape.width, self.shape.encoder_mlp, self._pack
@@ -125,7 +151,6 @@ class Whisper:
             self_out=pack(*get.linear(at + "self_attn.out_proj", width, width)),
             cross_norm=get.affine(at + "encoder_attn_layer_norm", width),
             cross_q=pack(*get.qkv(at + "encoder_attn.", width, "q")),
-            cross_kv=self._pack(get.qkv(at + "encoder_attn.", width, "kv")),
             cross_out=pack(*get.linear(at + "encoder_attn.out_proj", width, width)),
             mlp_norm=get.affine(at + "final_layer_norm", width),
             up=pack(*get.linear(at + "fc1", mlp, width)), down=pack(*get.linear(at + "fc2", width, mlp)))
@@ -133,35 +158,60 @@ class Whisper:
     # ---- encoder -------------------------------------------------------------------------------------------------
 
     def encode(self, slots: list[int], inputs: list[np.ndarray]) -> None:
-        """`inputs`: log-mel features, float32 [mels, 2 * frames] each."""
-        torch.set_num_threads(self._threads)
-        try:
-            for slot, features in zip(slots, inputs, strict=True):
-                self._encode(slot, torch.from_numpy(np.ascontiguousarray(features)))
-        finally:
-            torch.set_num_threads(self.ops_threads)
+        """`inputs`: log-mel features, float32 [mels, 2 * frames] each, at most `num_lanes` of them."""
+        jobs = list(zip(slots, inputs, strict=True))
+        if len(jobs) == 1:
+            try:
+                self._encode(self._lanes[0], *jobs[0], self._threads)
+            finally:
+                torch.set_num_threads(self.ops_threads)
+            return
+        assert len(jobs) <= self.num_lanes
+        share = self._threads // len(jobs)
+        given = [self._team.submit(self._encode, lane, *job, share) for lane, job in zip(self._lanes, jobs)]
+        wait(given)
+        for done in given:
+            done.result()
 
     @property
     def ops_threads(self) -> int:
         """Torch's threads beside the kernels, which have a team of their own."""
         return 1 if self.ops.name == "kernels" else self._threads
 
-    def _encode(self, slot: int, features: torch.Tensor) -> None:
-        x = features.to(self.embedding.dtype).unsqueeze(0)
+    @torch.inference_mode()
+    def _encode(self, lane: Lane, slot: int, features: np.ndarray, threads: int) -> None:
+        torch.set_num_threads(threads)                                      # of this thread's own operators
+        x = torch.from_numpy(np.ascontiguousarray(features)).to(self.embedding.dtype).unsqueeze(0)
         for (weight, bias), stride in zip(self._conv, (1, 2), strict=True):
             x = F.gelu(F.conv1d(x, weight, bias, stride=stride, padding=1))
         x = x[0].t() + self._encoder_positions                              # [frames, width]
-        heads = self.shape.encoder_heads
-        for layer in self._encoder:
-            # Heads that lie apart attend a quarter faster than those side by side.
-            qkv = layer.qkv(_norm(x, layer.attn_norm)).view(len(x), 3, 1, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
-            mixed = F.scaled_dot_product_attention(*qkv)[0].transpose(0, 1).reshape(len(x), -1)
-            x += layer.out(mixed)
+        alone = threads == self._threads
+        for layer in lane.layers:
+            x += layer.out(self._attend(layer.qkv(_norm(x, layer.attn_norm)), alone))
             x += layer.down(F.gelu(layer.up(_norm(x, layer.mlp_norm))))
         x = _norm(x, self._encoder_norm)
-        for number, decoding in enumerate(self._decoder):
-            k, v = decoding.cross_kv(x).view(len(x), 2, self.shape.decoder_heads, -1).unbind(1)
+        for number, cross_kv in enumerate(lane.cross_kv):
+            k, v = cross_kv(x).view(len(x), 2, self.shape.decoder_heads, -1).unbind(1)
             self.cross.write(number, slot, k, v)
+
+    def _attend(self, qkv: torch.Tensor, alone: bool) -> torch.Tensor:
+        """[frames, 3 * width] -> [frames, width]. `alone`: no other window is encoded meanwhile."""
+        heads, width = self.shape.encoder_heads, self.shape.width
+        if self._short is None:
+            # Heads that lie apart attend a quarter faster than those side by side.
+            apart = qkv.view(len(qkv), 3, 1, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
+            return F.scaled_dot_product_attention(*apart)[0].transpose(0, 1).reshape(len(qkv), -1)
+        kernels, dim = self._short, width // heads
+        q, k, v = qkv.float().split(width, dim=1)
+        out = torch.empty(len(qkv), width)
+
+        def run(some: range) -> None:
+            kernels.int16_attention(q, k, v, dim, scale=dim ** -0.5, heads=some, out=out)
+        if alone:
+            list(self._team.map(run, (range(head, head + 1) for head in range(heads))))
+        else:
+            run(range(heads))
+        return out.to(qkv.dtype)
 
     # ---- decoder -------------------------------------------------------------------------------------------------
 
@@ -193,7 +243,7 @@ class Whisper:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(len(x), -1)
             x += ops.linear(mixed.contiguous(), layer.self_out)
             q = ops.linear(_norm(x, layer.cross_norm), layer.cross_q).view(len(x), shape.decoder_heads, -1)
-            keys, values = self.cross.read(number, slot)                    # [frames, heads, dim]
+            keys, values = (part.to(q.dtype) for part in self.cross.read(number, slot))     # [frames, heads, dim]
             for wanted in (head for at, head in heads if at == number):
                 scores = q[:, wanted].float() @ keys[:frames, wanted].float().t() * shape.head_dim ** -0.5
                 found.append(torch.softmax(scores, dim=-1))

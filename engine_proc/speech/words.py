@@ -121,6 +121,13 @@ def fit(words: list[Word], start_s: float, end_s: float, quiet_since_s: float, l
     return start_s, end_s
 
 
+def in_order(words: list[Word], since_s: float, seconds: float) -> None:
+    """No word begins before the one ahead of it has ended, none before `since_s` and none ends behind `seconds`."""
+    for word in words:
+        word.start_s = min(max(word.start_s, since_s), seconds)
+        word.end_s = since_s = min(max(word.end_s, word.start_s), seconds)
+
+
 def onset(features: np.ndarray, seconds: float, window_s: float = 30.0) -> float:
     """Where sound begins in a window, in seconds: `features` is its log-mel spectrogram, [mels, frames].
 

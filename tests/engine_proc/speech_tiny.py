@@ -108,7 +108,7 @@ class World:
 
     def __init__(self, directory: Path, **engine: Any) -> None:
         model = ModelConfig(names=("speech",), path=str(directory), task="transcribe", max_model_len=POSITIONS,
-                            engine=EngineConfig(threads=1, **{"max_num_seqs": 8, **engine}))
+                            engine=EngineConfig(**{"threads": 1, "max_num_seqs": 8, **engine}))
         config = ServerConfig(run_dir="/nowhere", log_dir="/nowhere", models=(model,))
         self.sender, self.now = Sender(), 10**9
         self.runner = load_speech(model, lambda phase, percent: None)

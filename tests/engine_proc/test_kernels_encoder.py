@@ -56,6 +56,29 @@ def test_no_sequence_sees_another_and_a_row_is_the_same_in_any_company(kernels: 
     assert kernels.packed_attention(q, k, v, starts_of(lengths), dim, scale=0.2)[40:].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 31, 64, 145])
+@pytest.mark.parametrize(("heads", "dim"), [(3, 64), (2, 16), (1, 48), (1, 128)])
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_attention_in_sixteen_bits(kernels: Kernels, rows: int, heads: int, dim: int, size: float) -> None:
+    """Also where a few keys take nearly all weight; heads that were not asked for are left alone."""
+    q, k, v = (randn(rows, 3 * heads * dim) * size).split(heads * dim, dim=1)
+    out = poisoned(rows, heads * dim)
+    kernels.int16_attention(q, k, v, dim, scale=dim ** -0.5, heads=range(heads - 1), out=out)
+    assert out[:, (heads - 1) * dim:].isnan().all()
+    kernels.int16_attention(q, k, v, dim, scale=dim ** -0.5, heads=range(heads - 1, heads), out=out)
+    expected = reference.packed_attention(q.double(), k.double(), v.double(), starts_of([rows]), dim, scale=dim ** -0.5)
+    assert (out - expected).abs().max() < 2e-3 * size * size * size
+
+
+def test_attention_in_sixteen_bits_shows_what_is_no_number(kernels: Kernels) -> None:
+    for poison in range(3):
+        parts = [randn(40, 32) for _ in range(3)]
+        parts[poison][7, 3] = torch.inf if poison == 1 else torch.nan
+        out = poisoned(40, 32)
+        kernels.int16_attention(*parts, 32, scale=1.0, heads=range(1), out=out)
+        assert out[7].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 40, 577])
 @pytest.mark.parametrize("biased", [False, True])

@@ -228,6 +228,32 @@ def test_a_window_that_cannot_be_encoded_fails_its_own_recording(whisper: Path, 
     assert world.failures() == [(bad, "internal_error")] and sorted(world.results(good)) == [0, 1] and world.at_rest()
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_windows_that_are_encoded_side_by_side_are_heard_as_alone(whisper: Path, quantization: str | None) -> None:
+    both, alone = (World(whisper, threads=threads, quantization=quantization) for threads in (2, 1))
+    assert (both.runner.num_lanes, alone.runner.num_lanes) == (2, 1)
+    rids = [[world.add([features(i)]) for i in range(5)] for world in (both, alone)]
+    for world in (both, alone):
+        world.run()
+        assert world.at_rest()
+    assert [ids_of(both.results(r)[0]) for r in rids[0]] == [ids_of(alone.results(r)[0]) for r in rids[1]]
+
+
+def test_of_windows_encoded_side_by_side_only_the_one_that_cannot_be_fails(
+        whisper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(whisper, threads=2)
+    encode, first, second = world.runner.net.encode, features(1), features(2)
+
+    def broken(slots: list[int], inputs: list[np.ndarray]) -> None:
+        if any(data is first for data in inputs):
+            raise RuntimeError("no")
+        encode(slots, inputs)
+    monkeypatch.setattr(world.runner.net, "encode", broken)
+    bad, good = world.add([first]), world.add([second])
+    world.run()
+    assert [rid for rid, _ in world.failures()] == [bad] and world.results(good) and world.at_rest()
+
+
 def test_more_windows_than_slots_take_turns_and_early_ones_go_first(whisper: Path) -> None:
     world = World(whisper, max_num_seqs=2)
     long, short = world.add(WINDOWS * 3), world.add(WINDOWS[:1])

@@ -7,7 +7,7 @@ from transformers.models.whisper.generation_whisper import _dynamic_time_warping
 
 from engine_proc.speech.align import Alignment, median, path_times, warp
 from engine_proc.speech.segments import Stretch, compression_ratio, stretches
-from engine_proc.speech.words import Word, fit, group, onset, timed
+from engine_proc.speech.words import Word, fit, group, in_order, onset, timed
 
 BEGIN = 1000
 
@@ -94,3 +94,15 @@ def test_sound_begins_where_the_spectrogram_rises() -> None:
     features[:, 12] = 0.6                                      # a click is no speech
     assert onset(features, 10.0) == pytest.approx(0.31)
     assert onset(np.zeros((80, 3000), np.float32), 10.0) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_times_never_go_back_whatever_was_found(seed: int) -> None:
+    times = np.random.default_rng(seed).uniform(-1, 12, (20, 2)).tolist()
+    words = [Word("a", i, i + 1, start, end) for i, (start, end) in enumerate(times)]
+    in_order(words, 0.5, 10.0)
+    flat = [time for word in words for time in (word.start_s, word.end_s)]
+    assert flat == sorted(flat) and flat[0] >= 0.5 and flat[-1] <= 10.0
+    right = [Word("a", 0, 1, 1.0, 2.0), Word("b", 1, 2, 2.0, 2.5), Word("c", 2, 3, 4.0, 5.0)]
+    in_order(right, 0.5, 10.0)
+    assert [(w.start_s, w.end_s) for w in right] == [(1.0, 2.0), (2.0, 2.5), (4.0, 5.0)]

@@ -37,7 +37,7 @@ _COMMON = """
 """
 _CHAT = "messages add_generation_prompt continue_final_message chat_template chat_template_kwargs media_io_kwargs"
 _VECTORS = f"input {_COMMON} add_special_tokens {_CHAT} encoding_format embed_dtype endianness dimensions normalize"
-_SCORING = f"{_COMMON} softmax activation max_tokens_per_query max_tokens_per_doc instruction"
+_SCORING = f"{_COMMON} softmax activation max_tokens_per_query max_tokens_per_doc instruction chat_template_kwargs"
 _SPEECH = """
     file model prompt response_format language to_language stream stream_include_usage stream_continuous_usage_stats
     temperature top_p top_k min_p seed frequency_penalty presence_penalty repetition_penalty use_beam_search n

@@ -115,6 +115,7 @@ def make_spec(body: Pooled, config: ServerConfig, number: int, inputs: list[Pool
     return PoolSpec(
         model=number, inputs=inputs, params=params, add_special=add_special, truncate=truncate,
         truncate_left=body.truncation_side == "left", priority=body.priority or 0, name_of=name_of,
+        longest=model.max_embed_len if truncate is None and params.task == "embed" else 0,
         deadline_ns=time.monotonic_ns() + int(config.http.request_timeout_s * 1e9))
 
 
@@ -164,7 +165,8 @@ def _from_input(body: Any, config: ServerConfig, number: int) -> list[PoolText]:
             raise invalid("'prompt_name' is for texts, not for token ids.", "prompt_name")
         return [PoolText(i, ids=ids) for i, ids in enumerate(body.input)]
     prompt = prompted(model, name or "") if isinstance(body, Encoded) else ""
-    return [PoolText(i, text=prompt + text) for i, text in enumerate(body.input)]
+    lead = 0 if model.include_prompt else len(prompt)
+    return [PoolText(i, text=prompt + text, lead=lead) for i, text in enumerate(body.input)]
 
 
 def _from_messages(body: FromMessages, raw: dict[str, Any], config: ServerConfig) -> list[PoolText]:

@@ -161,7 +161,8 @@ class Scored(Classified):
 
     max_tokens_per_query: Limit | None = None
     max_tokens_per_doc: Limit | None = None
-    instruction: str | None = Field(None, description="only for models that take one")
+    instruction: str | None = Field(None, description="what the texts are compared for; only for models that take one")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables of the template that joins two texts")
 
 
 class ScoreBody(Scored):

@@ -52,6 +52,7 @@ class PoolSpec:
     add_special: bool = True
     truncate: int | None = None
     truncate_left: bool = False
+    longest: int = 0                         # tokens of an input that is computed in parts; 0: none is
     deadline_ns: int = 0
     priority: int = 0
     name_of: Callable[[int], str] = "input[{}]".format       # what the caller calls an input
@@ -91,7 +92,7 @@ class PoolSubmission:
         spec = self.request.spec
         inputs = spec.inputs if len(self.waiting) == len(spec.inputs) else [spec.inputs[i] for i in sorted(self.waiting)]
         return SubmitPool(self.rid, route, spec.model, inputs, spec.params, spec.add_special, spec.truncate,
-                          spec.truncate_left, spec.deadline_ns, spec.priority, self.alone)
+                          spec.truncate_left, spec.deadline_ns, spec.priority, self.alone, spec.longest)
 
 
 @dataclass(slots=True, eq=False)

@@ -7,6 +7,7 @@ Run by the frontend.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from frontend.pool_schema import RerankBody, ScoreBody, Scored
 from frontend.pools import PoolRequest
 from frontend.stages import Stages
 from pipeline.config import ModelConfig, ServerConfig
-from pipeline.errors import invalid, unsupported
-from pipeline.messages import PoolText
+from pipeline.errors import QuartetError, invalid, unsupported
+from pipeline.messages import Chat, PoolText
 from pipeline.params import PoolParams
 
 OTHER_NAMES = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
@@ -75,14 +76,13 @@ def _ask(body: Scored, config: ServerConfig, stages: Stages, left: Sequence[str]
     number = choose(config, body.model, ("score", "embed"), "score pairs of texts")
     model, facts = config.models[number], stages.facts(number)
     activate = activation(body, body.softmax, body.activation)
-    if body.instruction is not None:
-        raise unsupported("instruction")
+    chat = _template_input(body, model)
     for name, value in (("max_tokens_per_query", body.max_tokens_per_query), ("max_tokens_per_doc", body.max_tokens_per_doc)):
         if value is not None and value >= model.max_model_len:
             raise invalid(f"'{name}' must be below {model.max_model_len}, the context length of the model.", name)
     keep = body.max_tokens_per_query or 0, body.max_tokens_per_doc or 0
     if model.task == "score":
-        inputs, pairs, name_of = _crossed(left, right, keep, names)
+        inputs, pairs, name_of = _crossed(left, right, keep, names, chat)
         params = PoolParams("score", activate)
     else:
         if activate is not None and not activate:
@@ -98,9 +98,24 @@ def _late(facts: Mapping[str, Any]) -> bool:
     return facts.get("late_interaction") is True
 
 
-def _crossed(left: Sequence[str], right: Sequence[str], keep: tuple[int, int], names: tuple[str, str]) -> Any:
+def _template_input(body: Scored, model: ModelConfig) -> Chat | None:
+    """What the template of a model that scores two texts as one chat gets besides them; None for any other model."""
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.instruction is not None:
+        kwargs["instruction"] = body.instruction
+    if model.pair_template:
+        return Chat(messages_json=b"", kwargs_json=json.dumps(kwargs).encode() if kwargs else b"")
+    for name in ("instruction", "chat_template_kwargs"):
+        if getattr(body, name):
+            raise QuartetError("unsupported_parameter", f"The parameter '{name}' is for models that score two texts through "
+                                                        f"a template, and '{model.names[0]}' has none.", name)
+    return None
+
+
+def _crossed(left: Sequence[str], right: Sequence[str], keep: tuple[int, int], names: tuple[str, str],
+             chat: Chat | None) -> Any:
     """Each pair as one input."""
-    inputs = [PoolText(k, text=left[k if len(left) > 1 else 0], pair=text, keep=keep[0], keep_pair=keep[1])
+    inputs = [PoolText(k, text=left[k if len(left) > 1 else 0], pair=text, keep=keep[0], keep_pair=keep[1], chat=chat)
               for k, text in enumerate(right)]
     return inputs, (), lambda k: f"{names[1]}[{k}]" if len(right) > 1 else names[1]
 
@@ -111,8 +126,9 @@ def _apart(model: ModelConfig, left: Sequence[str], right: Sequence[str], keep: 
     ahead = prompted(model, "query" if "query" in model.prompts else "")
     behind = prompted(model, next((name for name in DOCUMENT_PROMPTS if name in model.prompts), ""))
     count = len(left)
-    inputs = [PoolText(i, text=ahead + text, keep=keep[0]) for i, text in enumerate(left)]
-    inputs += [PoolText(count + i, text=behind + text, keep=keep[1]) for i, text in enumerate(right)]
+    leads = (0, 0) if model.include_prompt else (len(ahead), len(behind))
+    inputs = [PoolText(i, text=ahead + text, keep=keep[0], lead=leads[0]) for i, text in enumerate(left)]
+    inputs += [PoolText(count + i, text=behind + text, keep=keep[1], lead=leads[1]) for i, text in enumerate(right)]
     pairs = [(k if count > 1 else 0, count + k) for k in range(len(right))]
 
     def name_of(i: int) -> str:

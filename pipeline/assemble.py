@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import keys, pooling_files, served, tls, tokenizer_files
-from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe, task_of
+from pipeline import keys, pooling, pooling_files, served, tls, tokenizer_files
+from pipeline.checkpoint import GENERATION_DEFAULTS, Source, describe
 from pipeline.config import (
     POOLING_TASKS,
     AccessLogConfig,
@@ -36,7 +36,7 @@ from pipeline.values import TEMPLATE_NAMES, api_key
 
 MAX_TEXT_BYTES = 2**20
 NEVER_S = 1e9                    # what --keep-alive-interval 0 stands for
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = pooling.TEMPLATES
 
 
 def check(settings: Settings) -> None:
@@ -169,13 +169,13 @@ def model_config(settings: Settings, source: Source, directory: Path, tokenizer:
     """The configuration of one model, from its prepared directory."""
     null = settings["null_engine"] is not None
     facts = describe(directory, tokenizer, generation_directory(settings, directory), weights=not null)
-    task = task_of(directory, settings["task"], settings["runner"], settings["convert"])
-    pooler = settings["pooler_config"] or {}
+    task = pooling.task(settings, directory)
+    pooler = pooling.pooler(settings)
     files = PoolingFiles() if task not in POOLING_TASKS else pooling_files.describe(directory, pooler)
     wanted, longest = settings["max_model_len"], facts.longest
     length = min(facts.max_model_len, files.max_seq_length or facts.max_model_len)
     if task not in POOLING_TASKS:
-        for key in ("pooler_config", "long_inputs"):
+        for key in ("pooler_config", "long_inputs", "hf_overrides"):
             if settings.given(key):
                 raise _wrong(f"--{BY_KEY[key].name} is for pooling models, and '{source.name}' is there to {task}.")
     if settings["tensor_parallel_size"] > 1 and (task != "generate" or null):
@@ -192,7 +192,9 @@ def model_config(settings: Settings, source: Source, directory: Path, tokenizer:
         content_format=settings["chat_template_content_format"],
         chat_template_kwargs=settings["default_chat_template_kwargs"] or {}, eos_ids=facts.eos_ids,
         replicas=settings["data_parallel_size"], pooler=pooler, num_type_ids=facts.num_type_ids,
-        prompts=files.prompts, default_prompt=files.default_prompt or "", long_inputs=settings["long_inputs"],
+        prompts=files.prompts, default_prompt=files.default_prompt or "", include_prompt=files.include_prompt,
+        **pooling.long_inputs(settings, task, files, wanted or length),
+        pair_template=pooling.pair_template(settings, task, directory, chat_template(settings)),
         generation_defaults={**facts.generation_defaults, **_overrides(settings["override_generation_config"] or {})},
         engine=engine_config(settings))
 

@@ -71,7 +71,10 @@ class ModelConfig:
     num_type_ids: int = 1                    # token types that the model tells apart (two texts in one input)
     prompts: dict[str, str] = field(default_factory=dict)    # sentence-transformers: put ahead of a text, by name
     default_prompt: str = ""                 # the one that a request which names none gets
-    long_inputs: str = "error"               # error | truncate: inputs of pooling models beyond max_model_len
+    long_inputs: str = "error"               # error | truncate | chunk: inputs of pooling models beyond max_model_len
+    max_embed_len: int = 0                   # tokens of an input that is computed in parts; 0: none is
+    include_prompt: bool = True              # whether the tokens of a prompt ahead of a text are pooled
+    pair_template: str = ""                  # of a model that scores two texts as one chat; "": it takes them as a pair
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

@@ -77,7 +77,6 @@ FOREIGN: tuple[Foreign, ...] = (
     _only("load-format", "auto", "safetensors", says="Weights are safetensors, or a GGUF file given as MODEL."),
     _only("tokenizer-mode", "auto", "hf", says="Tokenizers are read from tokenizer.json."),
     _only("kv-cache-dtype", "auto", says="The KV cache has the type of the model."),
-    _only("hf-overrides", "{}", says="Change config.json in the model's directory instead."),
     _only("pipeline-parallel-size", "1", says="A model's layers are not dealt out to devices: use --tensor-parallel-size."),
     _only("distributed-executor-backend", "mp", "uni", says="Ranks are processes of one machine; see --tensor-parallel-size."),
     _only("cpu-offload-gb", "0", says="Weights are not offloaded: use --quantization int8 or a smaller model."),

@@ -221,7 +221,10 @@ class FailedItem:
 
 @dataclass(slots=True)
 class PoolText:
-    """One input of a pooling request on its way to the tokenizer: exactly one of `text`, `chat`, `ids`."""
+    """One input of a pooling request on its way to the tokenizer: exactly one of `text`, `chat`, `ids`.
+
+    With `text`, `pair` and `chat` it is two texts that a template joins; the chat then has variables and no messages.
+    """
 
     index: u32                          # among the request's inputs
     text: str | None = None
@@ -230,6 +233,7 @@ class PoolText:
     ids: bytes = b""                    # uint32
     keep: u32 = 0                       # cut `text` to so many tokens; 0: as it is
     keep_pair: u32 = 0                  # the same for `pair`
+    lead: u32 = 0                       # characters at the beginning of `text` whose tokens are not pooled
 
 
 @dataclass(slots=True)
@@ -239,6 +243,8 @@ class PoolInput:
     index: u32
     ids: bytes                          # uint32, special tokens included
     type_ids: bytes = b""               # uint8 per id, where the model tells two texts apart; empty: all 0
+    parts: bytes = b""                  # uint32: lengths of stretches that are computed apart; empty: it is one
+    skip: u32 = 0                       # ids at the beginning that are not pooled
 
 
 @dataclass(slots=True)
@@ -359,6 +365,7 @@ class SubmitPool:
     deadline_ns: u64
     priority: i64 = 0
     alone: bool = False
+    longest: u32 = 0                    # tokens of an input that is computed in parts; 0: there are none
 
 
 @dataclass(slots=True)

@@ -54,6 +54,8 @@ class PoolingFiles:
     matryoshka: tuple[int, ...] | None = None
     classifier_tokens: tuple[str, ...] = ()  # of a causal model that scores by the logits of tokens
     score_activation: str = ""               # of a cross-encoder: a value of ACTIVATIONS; "": not told
+    chunked: bool = False                    # inputs beyond the context are computed in parts
+    max_embed_len: int = 0                   # tokens of such an input; 0: not told
 
     @property
     def late_interaction(self) -> bool:
@@ -167,7 +169,7 @@ def _config(directory: Path, files: PoolingFiles) -> PoolingFiles:
 
 
 def _override(files: PoolingFiles, overrides: Mapping[str, Any]) -> PoolingFiles:
-    """--pooler-config: pooling_type, normalize, use_activation, matryoshka_dimensions, classifier_from_token."""
+    """--pooler-config: pooling_type, normalize, use_activation, matryoshka_dimensions, classifier_from_token ..."""
     for key, value in overrides.items():
         if key in ("pooling_type", "seq_pooling_type", "tok_pooling_type"):
             mode = SPELLINGS.get(str(value).lower())
@@ -184,6 +186,18 @@ def _override(files: PoolingFiles, overrides: Mapping[str, Any]) -> PoolingFiles
             if not isinstance(value, list) or len(value) < 2 or not all(isinstance(t, str) and t for t in value):
                 raise StartError(CONFIG, f"--pooler-config: {key} must be a list of two tokens or more.")
             files = replace(files, classifier_tokens=tuple(value))
+        elif key == "is_matryoshka":
+            if not isinstance(value, bool):
+                raise StartError(CONFIG, f"--pooler-config: {key} must be true or false.")
+            files = replace(files, matryoshka=() if value else None)
+        elif key == "enable_chunked_processing":
+            if not isinstance(value, bool):
+                raise StartError(CONFIG, f"--pooler-config: {key} must be true or false.")
+            files = replace(files, chunked=value)
+        elif key == "max_embed_len":
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise StartError(CONFIG, f"--pooler-config: {key} must be a number of tokens.")
+            files = replace(files, max_embed_len=value)
         elif key == "matryoshka_dimensions":
             if not isinstance(value, list) or not all(isinstance(n, int) and n > 0 for n in value):
                 raise StartError(CONFIG, f"--pooler-config: {key} must be a list of sizes.")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 _POWERS = {"": 1, "k": 1000, "K": 2**10, "m": 1000**2, "M": 2**20, "g": 1000**3, "G": 2**30, "t": 1000**4, "T": 2**40}
-TEMPLATE_NAMES = ("chatml", "llama2", "alpaca", "vicuna", "zephyr", "plain")     # files in pipeline/templates/
+TEMPLATE_NAMES = ("chatml", "llama2", "alpaca", "vicuna", "zephyr", "plain", "qwen3-reranker")  # pipeline/templates/
 HIDDEN = "<hidden>"              # what --print-config shows in place of a secret
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)((?:i?B)?)")
 

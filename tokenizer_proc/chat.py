@@ -24,6 +24,10 @@ class ChatModel(Protocol):
     content_format: str
     template_defaults: dict[str, Any]
 
+    @property
+    def pair_template(self) -> ChatTemplate:
+        """What joins two texts into one chat, for a model that is configured to score so."""
+
     def template(self, has_tools: bool = False, has_documents: bool = False) -> ChatTemplate:
         """QuartetError when the model has none."""
 
@@ -61,6 +65,21 @@ def render(model: ChatModel, chat: Chat, *, trust_template: bool, may_be_long: b
         {**model.named_tokens, **variables, "add_generation_prompt": chat.add_generation_prompt},
         model.max_output_chars)
     return model.guard.pieces(_cut(text, tag) if tag else text, marks)
+
+
+def render_pair(model: ChatModel, kwargs_json: bytes, query: str, document: str) -> tuple[list[Piece], list[Piece]]:
+    """The pieces of two texts that the model scores together: those up to the document's end, and those behind it."""
+    tag = unused((query, document), 1)
+    variables: dict[str, Any] = {
+        **model.template_defaults, **template_kwargs(kwargs_json), "query": query, "document": document + tag,
+        "messages": [{"role": "query", "content": query}, {"role": "document", "content": document + tag}]}
+    variables, marks = model.guard.wrap(variables)
+    text = model.pair_template.render({**model.named_tokens, **variables, "add_generation_prompt": True},
+                                      model.max_output_chars)
+    front, shown, back = text.rpartition(tag)
+    if not shown:
+        raise wrong("The template of this model does not show the document.", "documents")
+    return model.guard.pieces(front, marks), model.guard.pieces(back, marks)
 
 
 def _template(model: ChatModel, chat: Chat, trust: bool, has_tools: bool, has_documents: bool) -> ChatTemplate:

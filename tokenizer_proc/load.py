@@ -65,6 +65,7 @@ class TextModel:
             except QuartetError as error:
                 raise StartError(MODEL_LOAD, f"The chat template given for {config.names[0]} cannot be used: "
                                              f"{error.message}") from None
+        self._pair_source = config.pair_template
         log.info("tokenizer %s: %d ids, templates: %s, loaded in %.2f s", files.tokenizer_json, len(vocab),
                  ", ".join(self._sources) or "none", time.monotonic() - started)
 
@@ -92,6 +93,11 @@ class TextModel:
         elif self.content_format != template.detected:
             log.warning("The chat template %s looks as if it took contents as '%s'; --chat-template-content-format "
                         "says '%s'.", name, template.detected, self.content_format)
+
+    @cached_property
+    def pair_template(self) -> ChatTemplate:
+        """What joins two texts into one chat; for a model that is configured to score so."""
+        return ChatTemplate(self._pair_source, content_format="string")
 
     @property
     def specials(self) -> tuple[list[int], list[int]]:

@@ -25,7 +25,9 @@ from pipeline.messages import (
 )
 from pipeline.transport import Address
 from tokenizer_proc.guard import Piece
+from tokenizer_proc.joined import joined
 from tokenizer_proc.load import PARTIAL_CHARS, RESYNC, TextModel
+from tokenizer_proc.pool_errors import invalid_input, renamed, too_long
 from tokenizer_proc.prompt import PromptMaker
 
 SLICE_CHARS = 16 * 1024              # what is encoded in one turn of the worker, about ten milliseconds of work
@@ -82,22 +84,24 @@ class _Slice:
     def __init__(self, submit: SubmitPool, model: TextModel, maker: PromptMaker) -> None:
         self._submit, self._model, self._maker = submit, model, maker
         self._limit = model.max_model_len
-        self._cuts = submit.truncate is not None
+        self._cuts, self._longest = submit.truncate is not None, submit.longest
         truncate = self._limit if submit.truncate is None or submit.truncate < 0 else submit.truncate
         self._keep = min(truncate, self._limit)
 
     def encode(self, texts: Sequence[PoolText]) -> Iterator[PoolInput]:
         """The inputs, in order."""
-        wanted = {id(t): t for t in texts if t.text is not None}
-        plain = [(t.index, s) for t in wanted.values() for s in (t.text, t.pair) if s is not None]
+        plain = [(t.index, s) for t in texts if t.chat is None for s in (t.text, t.pair) if s is not None]
         encoded = iter(self._batch(plain))
         for text in texts:
             if text.text is None:
                 yield self._other(text)
                 continue
+            if text.chat is not None:
+                yield joined(text, self._model, self._keep, self._cuts, self._submit.truncate_left)
+                continue
             first = self._head(next(encoded), text.keep)
             if text.pair is None:
-                yield self._single(text.index, first)
+                yield self._single(text.index, first, self._lead(text))
             else:
                 yield self._pair(text.index, first, self._head(next(encoded), text.keep_pair))
 
@@ -107,7 +111,7 @@ class _Slice:
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise _invalid(index, "holds an unpaired surrogate, which is no character") from None
+                raise invalid_input(index, "holds an unpaired surrogate, which is no character") from None
         short = [text for _, text in texts if len(text) <= PARTIAL_CHARS]
         with self._maker.encode_timer():
             done = iter(self._model.tokenizer.encode_batch_fast(short, add_special_tokens=False) if short else ())
@@ -116,10 +120,11 @@ class _Slice:
     def _long(self, index: int, text: str) -> Sequence[int]:
         """Ids of a long text: as many from its kept end as can matter, or the error that it is too long."""
         if not self._cuts:
+            fits = len(text) <= self._longest * self._model.chars_per_token
             try:
-                return self._model.encode([(text, False)], False)
+                return self._model.encode([(text, False)], False, unlimited=fits)
             except QuartetError as error:
-                raise _renamed(error, index) from None
+                raise renamed(error, index) from None
         size = max(PARTIAL_CHARS, 8 * self._keep)
         while True:
             left = self._submit.truncate_left
@@ -137,29 +142,43 @@ class _Slice:
         if text.chat is None:
             ids = unpack_ids(text.ids)
             model.check_ids(ids, f"input[{index}]")
-            return self._finish(index, self._cut(index, ids, self._keep))
+            return self._finish(index, self._cut(index, ids, self._keep, self._longest), room=self._limit)
         try:
-            pieces = self._maker.pieces(model, text.chat, None, self._cuts)
-            ids = model.encode(self._bounded(pieces) if self._cuts else pieces, False, unlimited=self._cuts)
+            long = self._cuts or self._longest > 0
+            pieces = self._maker.pieces(model, text.chat, None, long)
+            ids = model.encode(self._bounded(pieces) if long else pieces, False, unlimited=long)
         except QuartetError as error:
-            raise (_renamed(error, index) if error.code == "context_length_exceeded" else error) from None
+            raise (renamed(error, index) if error.code == "context_length_exceeded" else error) from None
         return self._single(index, ids)
 
     def _bounded(self, pieces: Sequence[Piece]) -> list[Piece]:
         """As much of a chat's kept end as its ids can come from."""
-        left, room, kept = self._submit.truncate_left, self._model.max_prompt_chars, list[Piece]()
+        left, kept = self._submit.truncate_left, list[Piece]()
+        room = max(self._model.max_prompt_chars, (self._longest + 1) * self._model.chars_per_token)
         for text, plain in reversed(pieces) if left else pieces:
             part = text[max(0, len(text) - room):] if left else text[:room]
             room -= len(part)
             kept.append((part, plain))
         return kept[::-1] if left else kept
 
-    def _single(self, index: int, ids: Sequence[int]) -> PoolInput:
-        if not self._submit.add_special:
-            return self._finish(index, self._cut(index, ids, self._keep))
-        before, after = self._model.specials
+    def _lead(self, text: PoolText) -> int:
+        """Ids of the prompt at the beginning of a text, when they are not to be pooled."""
+        if not text.lead:
+            return 0
+        prompt, special = (text.text or "")[:text.lead], self._submit.add_special
+        return len(self._model.encode([(prompt, False)], False)) + (len(self._model.before) if special else 0)
+
+    def _single(self, index: int, ids: Sequence[int], lead: int = 0) -> PoolInput:
+        before, after = self._model.specials if self._submit.add_special else ([], [])
         special = len(before) + len(after)
-        return self._finish(index, [*before, *self._cut(index, ids, self._keep - special, special), *after])
+        kept = self._cut(index, ids, self._keep - special, 0 if lead else self._longest, special)
+        room = self._limit - special
+        if len(kept) <= room:
+            made = self._finish(index, [*before, *kept, *after])
+            made.skip = min(lead, len(made.ids) // 4 - 1)
+            return made
+        parts = [[*before, *kept[start:start + room], *after] for start in range(0, len(kept), room)]
+        return PoolInput(index, pack_ids(id for part in parts for id in part), parts=pack_ids(map(len, parts)))
 
     def _pair(self, index: int, first: Sequence[int], second: Sequence[int]) -> PoolInput:
         shape = self._model.pair
@@ -172,17 +191,24 @@ class _Slice:
         ids, types = shape.join(first, second)
         return self._finish(index, ids, types if self._model.num_type_ids > 1 and any(types) else b"")
 
-    def _finish(self, index: int, ids: Sequence[int], types: bytes = b"") -> PoolInput:
-        if not len(ids):
-            raise _invalid(index, "is empty: it has no token")
-        return PoolInput(index, pack_ids(ids), types)
+    def _finish(self, index: int, ids: Sequence[int], types: bytes = b"", room: int = 0) -> PoolInput:
+        """`room`: what is longer comes in parts."""
+        count = len(ids)
+        if not count:
+            raise invalid_input(index, "is empty: it has no token")
+        parts = [min(room, count - start) for start in range(0, count, room)] if 0 < room < count else []
+        return PoolInput(index, pack_ids(ids), types, parts=pack_ids(parts))
 
-    def _cut(self, index: int, ids: Sequence[int], room: int, special: int = 0) -> Sequence[int]:
+    def _cut(self, index: int, ids: Sequence[int], room: int, longest: int, special: int = 0) -> Sequence[int]:
+        """`ids`, cut to `room` where the request wants that; `longest`: tokens of an input that comes in parts."""
         if len(ids) <= room:
             return ids
-        if not self._cuts:
-            raise self._too_long(index, len(ids) + special)
-        return self._head(ids, room, True)
+        if self._cuts:
+            return self._head(ids, room, True)
+        count = len(ids) + special * (-(-len(ids) // max(1, self._limit - special)) if longest else 1)
+        if count > longest:
+            raise self._too_long(index, count)
+        return ids
 
     def _head(self, ids: Sequence[int], keep: int, zero_counts: bool = False) -> Sequence[int]:
         """`keep` ids of the end that is kept; 0 means all unless `zero_counts`."""
@@ -191,9 +217,7 @@ class _Slice:
         return ids[len(ids) - max(0, keep):] if self._submit.truncate_left else ids[:max(0, keep)]
 
     def _too_long(self, index: int, count: int) -> QuartetError:
-        return QuartetError(
-            "context_length_exceeded", f"This model takes inputs of at most {self._limit} tokens, but 'input[{index}]' "
-            f"has {count}. Shorten it, or set 'truncate_prompt_tokens' to -1.", f"input[{index}]")
+        return too_long(index, count, self._longest or self._limit)
 
 
 def _share(first: int, second: int, room: int) -> tuple[int, int]:
@@ -204,13 +228,3 @@ def _share(first: int, second: int, room: int) -> tuple[int, int]:
         shorter = room // 2
     longer = room - shorter
     return (shorter, longer) if first <= second else (longer, shorter)
-
-
-def _invalid(index: int, what: str) -> QuartetError:
-    return QuartetError("invalid_value", f"'input[{index}]' {what}.", f"input[{index}]")
-
-
-def _renamed(error: QuartetError, index: int) -> QuartetError:
-    return QuartetError(error.code, error.message.replace("your prompt", f"'input[{index}]'").replace(
-        "the prompt", f"'input[{index}]'").replace("The prompt", f"'input[{index}]'"), f"input[{index}]")
-

@@ -44,11 +44,11 @@ static void put(const linear_args *g, long row, long col, v16 v, int n) {
     v_store_any_n(g->out, at, v, n, is_bf16);
 }
 
-/* Bias, gate and store of a finished tile. */
-static void finish(const linear_args *g, long row, long rows, long panel, const float *c) {
+/* Bias, gate and store of a finished tile, whose rows are `ldc` floats apart. */
+static void finish(const linear_args *g, long row, long rows, long panel, const float *c, long ldc) {
     const linear_weight *w = g->weight;
     long width = w->act ? 16 : PANEL;
-    for (long r = 0; r < rows; r++, c += PANEL) {
+    for (long r = 0; r < rows; r++, c += ldc) {
         if (w->act) {
             long col = panel * width;
             int n = w->n - col < 16 ? (int)(w->n - col) : 16;
@@ -83,23 +83,49 @@ static void run_panel(const linear_args *g, long row, long stop, long panel, con
         if (tiles > 1) next = (ahead){following + bytes / (size_t)tiles * (size_t)i, 128 / tiles};
         rows = tile_rows(stop - row);
         panel_product(g, row, rows, weights, c, next);
-        finish(g, row, rows, panel, c);
+        finish(g, row, rows, panel, c, PANEL);
     }
+}
+
+/* Panels that are multiplied at once. */
+static long panels_at_once(const linear_args *g) {
+    return WIDE_ROWS && g->weight->kind == WEIGHT_F32 && g->rows > TILE_ROWS ? 2 : 1;
+}
+
+/* As run_panel, with two panels of floats. */
+static void run_pair(const linear_args *g, long row, long stop, long panel, const char *following) {
+#if WIDE_ROWS
+    _Alignas(64) float c[WIDE_ROWS * 2 * PANEL];
+    size_t bytes = panel_bytes(g->weight);
+    long k = g->weight->k, tiles = (stop - row + WIDE_ROWS - 1) / WIDE_ROWS;
+    const float *weights = (const float *)((const char *)g->weight->panels + (size_t)panel * bytes);
+    for (long rows, i = 0; row < stop; row += rows, i++) {
+        ahead next = {following + 2 * bytes / (size_t)tiles * (size_t)i, 1024 / tiles};
+        rows = even_rows(stop - row, WIDE_ROWS);
+        wide_f32[rows]((const float *)g->a + row * g->lda, g->lda, weights, k * PANEL, k, c, next);
+        finish(g, row, rows, panel, c, 2 * PANEL);
+        finish(g, row, rows, panel + 1, c + PANEL, 2 * PANEL);
+    }
+#else
+    (void)g, (void)row, (void)stop, (void)panel, (void)following;
+#endif
 }
 
 void linear_team(const linear_args *g, int tid, int size) {
     (void)tid;
-    long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->rows);
-    long chunks = (g->rows + per_chunk - 1) / per_chunk, total = panels * chunks;
+    long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->rows), wide = panels_at_once(g);
+    long groups = (panels + wide - 1) / wide, chunks = (g->rows + per_chunk - 1) / per_chunk, total = groups * chunks;
     long step = g->rows <= 2 * TILE_ROWS ? team_chunk(total, size) : 1, end, then_end = 0;
     for (long task = team_take(total, step, &end), then = -1; task >= 0; task = then, end = then_end) {
         for (; task < end; task++) {
             /* what comes next is taken before the last panel begins, so that it can be asked for */
             if (task == end - 1) then = team_take(total, step, &then_end);
             long after = task < end - 1 ? task + 1 : then >= 0 ? then : task;
-            long row = task / panels * per_chunk, stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
-            const char *following = (const char *)g->weight->panels + (size_t)(after % panels) * panel_bytes(g->weight);
-            run_panel(g, row, stop, task % panels, following);
+            long row = task / groups * per_chunk, stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
+            long panel = task % groups * wide, then_panel = after % groups * wide;
+            const char *following = (const char *)g->weight->panels + (size_t)then_panel * panel_bytes(g->weight);
+            if (wide == 2 && panel + 1 < panels) run_pair(g, row, stop, panel, following);
+            else run_panel(g, row, stop, panel, following);
         }
     }
     team_barrier(size);

@@ -39,6 +39,44 @@ INLINE void tile_f32_body(const int rows, const float *a, long lda, const float 
     }
 }
 
+#if WIDE_ROWS
+/* Four of k at a time: with a neighbour on the same core it is the number of instructions that counts. */
+INLINE void wide_f32_body(const int rows, const float *a, long lda, const float *panel, long apart, long k, float *c,
+                          ahead next) {
+    v16 acc[WIDE_ROWS][4];
+    const float *w = panel, *v = panel + apart, *x[WIDE_ROWS];
+    UNROLL for (int r = 0; r < rows; r++) {
+        x[r] = a + r * lda;
+        UNROLL for (int j = 0; j < 4; j++) acc[r][j] = v_zero();
+    }
+#define WIDE_STEP(i, w, v)                                                                                             \
+    do {                                                                                                               \
+        v16 wj[4] = {v_pin(v_load(w)), v_pin(v_load((w) + 16)), v_pin(v_load(v)), v_pin(v_load((v) + 16))};            \
+        UNROLL for (int r = 0; r < rows; r++) {                                                                        \
+            v16 xr = v_set1(x[r][i]);                                                                                  \
+            UNROLL for (int j = 0; j < 4; j++) acc[r][j] = v_fma(xr, wj[j], acc[r][j]);                                \
+        }                                                                                                              \
+    } while (0)
+    long i = 0;
+    for (; i + 4 <= k; i += 4, w += 4 * PANEL, v += 4 * PANEL) {
+        ask_ahead(&next);
+        UNROLL for (int u = 0; u < 4; u++) WIDE_STEP(i + u, w + u * PANEL, v + u * PANEL);
+    }
+    for (; i < k; i++, w += PANEL, v += PANEL) WIDE_STEP(i, w, v);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < 4; j++) v_store(c + r * 2 * PANEL + 16 * j, acc[r][j]);
+}
+
+#define WIDE(rows)                                                                                                     \
+    static void wide_f32_##rows(const float *a, long lda, const float *panel, long apart, long k, float *c,            \
+                                ahead next) {                                                                          \
+        wide_f32_body(rows, a, lda, panel, apart, k, c, next);                                                         \
+    }
+WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6)
+const wide_f32_fn wide_f32[WIDE_ROWS + 1] = {0,          wide_f32_1, wide_f32_2, wide_f32_3,
+                                             wide_f32_4, wide_f32_5, wide_f32_6};
+#endif
+
 #if BF16_DOT
 
 #ifdef QUARTET_EMULATE_BF16_DOT

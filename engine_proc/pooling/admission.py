@@ -12,7 +12,7 @@ import numpy as np
 
 from engine_proc.pooling.plan import CLASS_TASKS, TOKEN_TASKS, PoolRunner
 from pipeline.errors import QuartetError, invalid
-from pipeline.messages import PoolAdd, PoolInput
+from pipeline.messages import PoolAdd, PoolInput, unpack_ids
 
 MAX_RESULT_BYTES = 48 * 2**20        # of one input: what an outbox always has room for
 
@@ -29,13 +29,14 @@ class PoolLimits:
     num_labels: int
     matryoshka: Sequence[int] | None
     max_waiting: int
+    max_embed_len: int = 0                   # tokens of an input in parts
 
     @classmethod
-    def of(cls, runner: PoolRunner, max_model_len: int, max_waiting: int) -> PoolLimits:
+    def of(cls, runner: PoolRunner, max_model_len: int, max_waiting: int, max_embed_len: int = 0) -> PoolLimits:
         longest = min(max_model_len, runner.max_positions or max_model_len)
         return cls(max_model_len=longest, vocab_size=runner.vocab_size, num_type_ids=runner.num_type_ids,
                    tasks=runner.tasks, dimension=runner.dimension, num_labels=runner.num_labels,
-                   matryoshka=runner.matryoshka, max_waiting=max_waiting)
+                   matryoshka=runner.matryoshka, max_waiting=max_waiting, max_embed_len=max_embed_len)
 
 
 def check(add: PoolAdd, limits: PoolLimits, num_requests: int) -> None:
@@ -49,6 +50,8 @@ def check(add: PoolAdd, limits: PoolLimits, num_requests: int) -> None:
     width = limits.num_labels if params.task in CLASS_TASKS else params.dimensions or limits.dimension
     for given in add.inputs:
         _check_input(given, limits)
+        if given.parts and params.task != "embed":
+            raise invalid("Only embeddings are computed in parts.", "input")
         if params.task in TOKEN_TASKS and len(given.ids) * width > MAX_RESULT_BYTES:
             raise invalid(f"Input {given.index} would give more than {MAX_RESULT_BYTES >> 20} MiB of numbers; "
                           "shorten it.", "input")
@@ -73,11 +76,27 @@ def _check_input(given: PoolInput, limits: PoolLimits) -> None:
     if not given.ids:
         raise invalid(f"Input {given.index} is empty.", "input")
     count = len(given.ids) // 4
-    if count > limits.max_model_len:
+    longest = _longest_part(given, count)
+    if longest > limits.max_model_len or (given.parts and count > limits.max_embed_len):
         raise QuartetError("context_length_exceeded", f"This model's maximum context length is {limits.max_model_len} "
                                                       f"tokens, but input {given.index} has {count}.", "input")
+    if given.skip >= count:
+        raise invalid(f"Nothing of input {given.index} would be pooled.", "input")
     highest = int(np.frombuffer(given.ids, "<u4").max())
     if highest >= limits.vocab_size:
         raise invalid(f"Token id {highest} is out of the vocabulary, which has {limits.vocab_size} ids.", "input")
     if given.type_ids and (len(given.type_ids) != count or max(given.type_ids) >= limits.num_type_ids):
         raise invalid(f"The token type ids of input {given.index} do not fit this model.", "input")
+
+
+def _longest_part(given: PoolInput, count: int) -> int:
+    """Tokens of the longest stretch that is computed at once."""
+    if not given.parts:
+        return count
+    try:
+        parts = unpack_ids(given.parts)
+    except ValueError:
+        raise invalid("The parts of an input must be 32-bit integers.", "input") from None
+    if min(parts) < 1 or sum(parts) != count or given.type_ids or given.skip:
+        raise invalid(f"The parts of input {given.index} do not fit it.", "input")
+    return max(parts)

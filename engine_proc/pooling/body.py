@@ -22,6 +22,7 @@ class Packed:
     ids: np.ndarray                     # int64 [T]
     type_ids: np.ndarray                # int64 [T]
     starts: np.ndarray                  # int32 [S + 1]
+    skips: np.ndarray | None = None     # int64 [S]: tokens at the beginning that are not pooled; None: all are
 
     @classmethod
     def of(cls, items: Sequence[PoolItem]) -> Packed:
@@ -29,7 +30,8 @@ class Packed:
         type_ids = np.frombuffer(b"".join([item.type_ids or bytes(len(item)) for item in items]), np.uint8)
         starts = np.zeros(len(items) + 1, np.int32)
         np.cumsum([len(item) for item in items], out=starts[1:])
-        return cls(ids=ids, type_ids=type_ids.astype(np.int64), starts=starts)
+        skips = np.array([item.skip for item in items]) if any(item.skip for item in items) else None
+        return cls(ids=ids, type_ids=type_ids.astype(np.int64), starts=starts, skips=skips)
 
     @property
     def lengths(self) -> np.ndarray:

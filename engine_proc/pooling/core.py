@@ -42,7 +42,7 @@ class PoolingCore:
         model = config.models[config.engines()[index]]
         self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
         self.scheduler = PoolScheduler(model.engine, runner.padded)
-        self.limits = PoolLimits.of(runner, model.max_model_len, model.engine.max_waiting)
+        self.limits = PoolLimits.of(runner, model.max_model_len, model.engine.max_waiting, model.max_embed_len)
         self.outputs = PoolOutputs(index, epoch, sender)
         self.requests: dict[int, PoolRequest] = {}           # rid -> request that has not ended
         self._in_flight: deque[tuple[PoolBatch, object, int]] = deque()      # with the time of its launch
@@ -181,17 +181,23 @@ class PoolingCore:
         self.stats.batch(len(batch.items), batch.num_tokens, (now - launched_ns) / 1e9)
         slices: dict[int, list[tuple[int, int, np.ndarray]]] = {}
         for item, result in zip(batch.items, results):
-            request = item.request
+            request, tokens = item.request, len(item)
             request.num_in_flight -= 1
             if request.ended:
                 continue
+            request.num_computed += 1
             rows = result.rows
             if rows is None or not np.isfinite(rows).all():
                 slices.pop(request.rid, None)
                 self._fail(request, _item_error(result, item.index))
-            else:
-                request.num_done += 1
-                slices.setdefault(request.rid, []).append((item.index, len(item), rows))
+                continue
+            if item.sum is not None:
+                item.sum.add(rows, tokens)
+                if item.sum.missing:
+                    continue
+                rows, tokens = self.runner.finish(item.sum.mean, request.params), item.sum.tokens
+            request.num_done += 1
+            slices.setdefault(request.rid, []).append((item.index, tokens, rows))
         for rid, slice in slices.items():
             self.outputs.emit(rid, slice)
             request = self.requests[rid]
@@ -277,7 +283,8 @@ class PoolingCore:
         assert set(self.scheduler.requests) <= set(self.requests)
         for rid, request in self.requests.items():
             assert rid == request.rid and not request.ended
-            assert len(request.seen) == len(request.waiting) + request.num_in_flight + request.num_done
+            assert request.num_items == len(request.waiting) + request.num_in_flight + request.num_computed
+            assert request.num_done <= len(request.seen) <= request.num_items
             assert bool(request.waiting) == (rid in self.scheduler.requests)
 
 

@@ -107,11 +107,15 @@ def pool(mode: str, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
         return hidden[starts[:-1]]
     if mode == "last":
         return hidden[starts[1:] - 1]
-    lengths = torch.from_numpy(packed.lengths)
+    lengths, places = torch.from_numpy(packed.lengths), packed.places
+    if packed.skips is not None:
+        pooled = places >= np.repeat(packed.skips, packed.lengths)
+        hidden, places = hidden[torch.from_numpy(pooled)], places[pooled]
+        lengths = lengths - torch.from_numpy(packed.skips)
     if mode == "max":
         return torch.segment_reduce(hidden, "max", lengths=lengths, axis=0)
     if mode == "weightedmean":
-        weights = torch.from_numpy(packed.places + 1).float()[:, None]
+        weights = torch.from_numpy(places + 1).float()[:, None]
         total = torch.segment_reduce(weights, "sum", lengths=lengths, axis=0)
         return torch.segment_reduce(hidden * weights, "sum", lengths=lengths, axis=0) / total
     summed = torch.segment_reduce(hidden, "sum", lengths=lengths, axis=0)

@@ -231,8 +231,6 @@ def _embed_head(source: _Source, width: int, mode: str) -> EmbedHead:
         shape = weights.table[COLBERT].shape
         token_dense.append(DenseLayer(weights.get(COLBERT, (shape[0], width), torch.float32), None))
         modes = ("all",)
-    if not files.include_prompt:
-        raise refuse(f"The model {source.directory} leaves its prompts out of pooling, which this server cannot.")
     late = modes == ("all",)
     return EmbedHead(width, modes, token_dense, [_dense(source, layer) for layer in files.dense],
                      True if files.normalize is None or late else files.normalize)

@@ -31,6 +31,7 @@ from engine_proc.pooling.request import PoolItem
 from pipeline.config import ModelConfig
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG
+from pipeline.params import PoolParams
 
 DEFAULT_VOCAB = 32_000
 TASKS = {"embed": (EMBED, TOKEN_EMBED), "classify": (CLASSIFY, TOKEN_CLASSIFY), "score": (SCORE, CLASSIFY)}
@@ -85,6 +86,10 @@ class NullPoolRunner:
         assert isinstance(results, list)
         return results
 
+    def finish(self, rows: np.ndarray, params: PoolParams) -> np.ndarray:
+        rows = rows[:, :params.dimensions or None]
+        return rows if params.activation is False else rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
     def _item(self, item: PoolItem) -> PoolResult:
         ids, params, script = np.frombuffer(item.ids, "<u4"), item.params, self._script
         while script.hang_id in ids:
@@ -98,9 +103,7 @@ class NullPoolRunner:
             if params.activation is not False:
                 rows = np.exp(rows) / np.exp(rows).sum(-1, keepdims=True)
         else:
-            rows = _vectors(ids, self.dimension, params.task in TOKEN_TASKS)[:, :params.dimensions or None]
-            if params.activation is not False:
-                rows = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+            rows = self.finish(_vectors(ids[item.skip:], self.dimension, params.task in TOKEN_TASKS), params)
         if script.nan_id in ids:
             rows = np.full_like(rows, np.nan)
         return PoolResult(rows=np.ascontiguousarray(rows, np.float32))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine_proc.pooling.request import PoolItem
+from pipeline.params import PoolParams
 
 EMBED, CLASSIFY, SCORE = "embed", "classify", "score"
 TOKEN_EMBED, TOKEN_CLASSIFY = "token_embed", "token_classify"
@@ -56,3 +57,6 @@ class PoolRunner(Protocol):
 
     def collect(self, handle: object) -> list[PoolResult]:
         """One result per item of the batch, in order."""
+
+    def finish(self, rows: np.ndarray, params: PoolParams) -> np.ndarray:
+        """Vectors of several parts together, float32 [rows, D], as the request wants them: cut, normalised."""

@@ -7,26 +7,53 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from dataclasses import dataclass, field
 
-from pipeline.messages import PoolAdd, PoolInput
+import numpy as np
+
+from pipeline.messages import PoolAdd, PoolInput, unpack_ids
 from pipeline.params import PoolParams
 
 
 @dataclass(slots=True, eq=False)
+class PoolSum:
+    """An input that is computed in parts: the mean of their vectors, weighted by their tokens."""
+
+    missing: int                             # parts without a result
+    tokens: int = 0                          # of those that have one
+    total: np.ndarray | None = None          # float64 [1, D]
+
+    def add(self, rows: np.ndarray, tokens: int) -> None:
+        weighted = rows.astype(np.float64) * tokens
+        self.total = weighted if self.total is None else self.total + weighted
+        self.tokens += tokens
+        self.missing -= 1
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float32 [1, D]"""
+        assert self.total is not None and not self.missing
+        return (self.total / self.tokens).astype(np.float32)
+
+
+@dataclass(slots=True, eq=False)
 class PoolItem:
-    """One input of a request."""
+    """One input of a request, or a part of one."""
 
     request: PoolRequest
     index: int
     ids: bytes                               # uint32
     type_ids: bytes                          # uint8 per id, or empty
     failed: bool = False                     # a batch with it failed as a whole: it is tried again by itself
+    skip: int = 0                            # ids at the beginning that are not pooled
+    sum: PoolSum | None = None               # of a part: what becomes of its input
 
     def __len__(self) -> int:
         return len(self.ids) >> 2
 
     @property
     def params(self) -> PoolParams:
-        return self.request.params
+        """What is to be computed; of a part the vector as it is."""
+        given = self.request.params
+        return given if self.sum is None else PoolParams(given.task, False, 0)
 
     @property
     def alone(self) -> bool:
@@ -49,8 +76,10 @@ class PoolRequest:
     waiting: list[PoolItem] = field(default_factory=list)     # by length, the longest last
     waiting_tokens: int = 0
     seen: set[int] = field(default_factory=set)               # indices of the inputs that came
-    num_in_flight: int = 0
-    num_done: int = 0
+    num_items: int = 0                       # inputs and parts of inputs that came
+    num_in_flight: int = 0                   # of those
+    num_computed: int = 0                    # of those
+    num_done: int = 0                        # inputs
     num_tokens: int = 0                      # of all inputs that came
     started_ns: int = 0
     ended: bool = False                      # results that still come are dropped
@@ -65,10 +94,20 @@ class PoolRequest:
         if given.index in self.seen:
             return False
         self.seen.add(given.index)
-        item = PoolItem(self, given.index, given.ids, given.type_ids)
-        self.num_tokens += len(item)
-        self.put(item)
+        self.num_tokens += len(given.ids) >> 2
+        lengths = unpack_ids(given.parts)
+        if not lengths:
+            self._new(PoolItem(self, given.index, given.ids, given.type_ids, skip=given.skip))
+            return True
+        whole, start = PoolSum(len(lengths)), 0
+        for length in lengths:
+            self._new(PoolItem(self, given.index, given.ids[4 * start:4 * (start + length)], b"", sum=whole))
+            start += length
         return True
+
+    def _new(self, item: PoolItem) -> None:
+        self.num_items += 1
+        self.put(item)
 
     def put(self, item: PoolItem) -> None:
         insort(self.waiting, item, key=len)

@@ -14,6 +14,7 @@ from engine_proc.pooling.body import Body, Packed
 from engine_proc.pooling.heads import Head, finish
 from engine_proc.pooling.plan import TOKEN_TASKS, PoolBatch, PoolResult
 from engine_proc.pooling.request import PoolItem
+from pipeline.params import PoolParams
 
 
 class ModelPoolRunner:
@@ -34,6 +35,11 @@ class ModelPoolRunner:
     def collect(self, handle: object) -> list[PoolResult]:
         assert isinstance(handle, list)
         return handle
+
+    @torch.inference_mode()
+    def finish(self, rows: np.ndarray, params: PoolParams) -> np.ndarray:
+        made: np.ndarray = finish(torch.from_numpy(rows), params, self._head.activation).numpy()
+        return made
 
     @torch.inference_mode()
     def _run(self, items: list[PoolItem]) -> list[PoolResult]:

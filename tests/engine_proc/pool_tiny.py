@@ -89,12 +89,14 @@ def texts(*lengths: int, low: int = 4) -> list[list[int]]:
 
 
 def compute(runner: ModelPoolRunner, inputs: list[list[int]], task: str | None = None, *,
-            activation: bool | None = None, dimensions: int = 0, types: list[list[int]] | None = None) -> list[np.ndarray]:
+            activation: bool | None = None, dimensions: int = 0, types: list[list[int]] | None = None,
+            skips: list[int] | None = None) -> list[np.ndarray]:
     """The rows of each input, all of them in one batch."""
     params = PoolParams(task or runner.tasks[0], activation, dimensions)
     request = PoolRequest(rid=1, params=params, total=0, deadline_ns=0, priority=0, alone=False, arrival=0,
                           arrived_ns=0, served_ns=0)
-    items = [PoolItem(request, i, pack_ids(ids), bytes(types[i]) if types else b"") for i, ids in enumerate(inputs)]
+    items = [PoolItem(request, i, pack_ids(ids), bytes(types[i]) if types else b"",
+                      skip=min(skips[i], len(ids) - 1) if skips else 0) for i, ids in enumerate(inputs)]
     return [rows_of(result) for result in runner.collect(runner.launch(PoolBatch(number=1, items=items)))]
 
 

@@ -87,10 +87,10 @@ class PoolWorld:
     """One pooling engine and its frontends; implements `transport.Sender` for it."""
 
     def __init__(self, task: str = "embed", depth: int = 0, *, frontends: int = 2, max_model_len: int = 64,
-                 padded: bool = False, **engine: Any) -> None:
+                 padded: bool = False, max_embed_len: int = 0, **engine: Any) -> None:
         engine = {"backend": "null", "max_step_tokens": 64, "max_num_seqs": 16} | engine
         model = ModelConfig(names=("m",), path="", task=task, max_model_len=max_model_len, vocab_size=1000,
-                            engine=EngineConfig(**engine))
+                            max_embed_len=max_embed_len, engine=EngineConfig(**engine))
         self.config = ServerConfig(run_dir="", log_dir="", frontends=frontends, models=(model,))
         self.now = 10**9
         self.refusing: set[Address] = set()
@@ -113,10 +113,11 @@ class PoolWorld:
 
     def make(self, inputs: list[list[int]], *, rid: int | None = None, frontend: int = 0, start: int = 0,
              task: str | None = None, activation: bool | None = None, dimensions: int = 0, types: list[bytes] | None = None,
-             **values: Any) -> PoolAdd:
+             parts: list[list[int]] | None = None, **values: Any) -> PoolAdd:
         """A PoolAdd; by default of a fresh request that holds nothing else."""
         route = Route(tokenizer=0, tokenizer_epoch=1, engine=0, engine_epoch=EPOCH, detok=0, detok_epoch=0)
-        given = [PoolInput(start + i, pack_ids(ids), types[i] if types else b"") for i, ids in enumerate(inputs)]
+        given = [PoolInput(start + i, pack_ids(ids), types[i] if types else b"",
+                           pack_ids(parts[i]) if parts else b"") for i, ids in enumerate(inputs)]
         params = PoolParams(task or self.runner.tasks[0], activation, dimensions)
         values = {"route": route, "deadline_ns": 0, "total": start + len(inputs)} | values
         return PoolAdd(rid=self.makers[frontend].next() if rid is None else rid, inputs=given, params=params, **values)

@@ -305,3 +305,35 @@ def test_random_interleavings_end_each_request_exactly_once(depth: int) -> None:
     for rid, total in wanted.items():
         assert rid in aborted or (world.failure(rid) is None) == (len(world.rows(rid)) == total), rid
     assert sum(world.failure(rid) is None for rid in wanted) > len(wanted) // 2
+
+
+# ---- inputs in parts ---------------------------------------------------------------------------------------------
+
+def test_an_input_in_parts_is_the_mean_of_its_parts_by_their_tokens(depth: int) -> None:
+    ids, sizes = [random.Random(5).randrange(1000) for _ in range(150)], [64, 64, 22]
+    world = PoolWorld(depth=depth, max_embed_len=200)
+    rid = world.submit([ids, [7, 8]], parts=[sizes, []], dimensions=8)
+    world.run()
+    alone = PoolWorld()
+    each = [alone.submit([ids[start:start + size]], activation=False) for start, size in ((0, 64), (64, 64), (128, 22))]
+    alone.run()
+    mean = sum(alone.rows(one)[0][0] * size for one, size in zip(each, sizes))[:8] / 150
+    assert np.abs(world.rows(rid)[0][0] - mean / np.linalg.norm(mean)).max() < 1e-5
+    assert world.peers[0].lengths[rid] == {0: 150, 1: 2}
+    assert world.rows(rid)[1].shape == (1, 8)
+
+
+def test_parts_that_cannot_be_are_refused() -> None:
+    world = PoolWorld(max_embed_len=100)
+    for ids, sizes, task in (([1] * 90, [64, 25], "embed"), ([1] * 90, [65, 25], "embed"), ([1] * 110, [60, 50], "embed"),
+                             ([1] * 9, [9, 0], "embed"), ([1] * 90, [45, 45], "token_embed")):
+        rid = world.submit([ids], parts=[sizes], task=task)
+        world.run()
+        assert world.peers[0].failed[rid] in ("invalid_value", "context_length_exceeded"), (sizes, task)
+
+
+def test_a_part_that_fails_ends_its_request_once() -> None:
+    world = PoolWorld(max_embed_len=200, null_script="nan_id=9")
+    rid, other = world.submit([[1] * 64 + [9] * 5], parts=[[64, 5]]), world.submit([[1, 2]])
+    world.run()
+    assert world.peers[0].failed == {rid: "numerical_error"} and len(world.rows(other)) == 1

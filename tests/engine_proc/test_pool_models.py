@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import StartError
 from tests.engine_proc.pool_tiny import (
@@ -139,6 +140,30 @@ def test_dense_and_normalize_modules_and_requests_that_override(tmp_path: Path) 
     for values, expected in (({}, unit(raw)), ({"activation": False}, raw), ({"dimensions": 10}, unit(raw[:10])),
                              ({"dimensions": 10, "activation": False}, raw[:10])):
         assert np.abs(compute(runner, [INPUTS[3]], **values)[0][0] - expected.numpy()).max() < 2e-5, values  # type: ignore[arg-type]
+
+
+def test_prompts_are_left_out_of_pooling_where_the_module_says_so(tmp_path: Path) -> None:
+    net = make("bert", tmp_path)
+    skips = [0, 2, 1, 3, 0]
+    for name in MODES:
+        add_modules(tmp_path, pooling={f"pooling_mode_{name}": True, "include_prompt": False}, normalize=False)
+        for ids, skip, row in zip(INPUTS, skips, compute(load(tmp_path), INPUTS, skips=skips)):
+            skip = min(skip, len(ids) - 1)
+            h = hidden(net, ids)
+            weights = torch.arange(skip + 1, len(ids) + 1).float()[:, None]          # a place counts from the prompt's start
+            expected = {"cls_token": h[0], "weightedmean_tokens": (h[skip:] * weights).sum(0) / weights.sum()}.get(
+                name, MODES[name](h[skip:]))
+            assert np.abs(row[0] - expected.numpy()).max() < 5e-5, name
+
+
+def test_colberts_linear_layer_makes_vectors_of_tokens(tmp_path: Path) -> None:
+    net = make("bert", tmp_path)
+    weight = torch.randn(12, HIDDEN) * 0.2
+    save_file({**load_file(tmp_path / "model.safetensors"), "linear.weight": weight}, tmp_path / "model.safetensors")
+    runner = load(tmp_path)
+    assert runner.tasks == ("token_embed",) and runner.dimension == 12 and runner.facts["late_interaction"] is True
+    for ids, rows in zip(INPUTS, compute(runner, INPUTS, "token_embed")):
+        assert np.abs(rows - unit(hidden(net, ids) @ weight.T).numpy()).max() < 2e-5
 
 
 def test_embeddings_of_tokens(tmp_path: Path) -> None:

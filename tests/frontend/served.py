@@ -87,7 +87,7 @@ def vector(text: PoolText, params: PoolParams) -> np.ndarray:
     A pair's score is the share of its second text's letters that the first one has.
     """
     words = text.text or "".join(map(chr, unpack_ids(text.ids)))
-    if text.chat is not None:
+    if text.chat is not None and text.text is None:
         words = json.loads(text.chat.messages_json)[-1]["content"]
     if params.task == "score":
         return np.array([[sum(c in words for c in text.pair or "") / max(1, len(text.pair or ""))]], np.float32)

@@ -26,12 +26,17 @@ MODELS = (
     ModelConfig(names=("classifier",), path="/", task="classify", max_model_len=64),
     ModelConfig(names=("ranker",), path="/", task="score", max_model_len=64),
     ModelConfig(names=("second-embedder",), path="/", task="embed", max_model_len=64),
+    ModelConfig(names=("judge",), path="/", task="score", max_model_len=64, pair_template="{{ query }}{{ document }}"),
+    ModelConfig(names=("reader",), path="/", task="embed", max_model_len=64, max_embed_len=640, long_inputs="chunk",
+                prompts={"query": "ask "}, default_prompt="query", include_prompt=False),
 )
 FACTS: dict[int, dict[str, Any]] = {
     1: {"dimension": 4, "matryoshka": [2, 3], "tasks": ["embed", "token_embed"], "late_interaction": False},
     2: {"labels": ["AAA", "BBB"], "tasks": ["classify", "token_classify"]},
     3: {"labels": ["LABEL_0"], "tasks": ["score"]},
     4: {"dimension": 4, "matryoshka": None, "tasks": ["embed", "token_embed"], "late_interaction": True},
+    5: {"labels": ["LABEL_0"], "tasks": ["score"]},
+    6: {"dimension": 4, "matryoshka": None, "tasks": ["embed", "token_embed"], "late_interaction": False},
 }
 UNIT = [0.70710677, 0.70710677, 0.0, 0.0]                # "ab"
 
@@ -284,6 +289,29 @@ async def test_embedding_models_score_by_cosine_and_late_interaction_by_best_mat
         assert [d["score"] for d in late["data"]] == [2, 1, 0]
 
 
+async def test_a_model_that_scores_through_a_template_gets_its_variables() -> None:
+    async with pooling() as server:
+        await good(server, "/score", model="judge", text_1="a", text_2=["b", "c"], instruction="find",
+                   chat_template_kwargs={"tone": "kind", "instruction": "lost"}, max_tokens_per_doc=5)
+        sent = server.pipeline.pools[-1].inputs
+        assert [(t.text, t.pair, t.keep_pair) for t in sent] == [("a", "b", 5), ("a", "c", 5)]
+        assert all(t.chat and json.loads(t.chat.kwargs_json) == {"tone": "kind", "instruction": "find"} for t in sent)
+        await good(server, "/rerank", model="judge", query="a", documents=["b"])
+        assert server.pipeline.pools[-1].inputs[0].chat is not None and not server.pipeline.pools[-1].inputs[0].chat.kwargs_json
+
+
+async def test_long_inputs_in_parts_and_prompts_out_of_pooling_are_passed_on() -> None:
+    async with pooling() as server:
+        for body, longest in (({}, 640), ({"truncate_prompt_tokens": -1}, 0), ({"truncate_prompt_tokens": 9}, 0)):
+            await good(server, "/v1/embeddings", model="reader", input="ab", **body)
+            assert server.pipeline.pools[-1].longest == longest
+        assert [(t.text, t.lead) for t in server.pipeline.pools[-1].inputs] == [("ask ab", 4)]
+        await good(server, "/pooling", model="reader", input="ab", task="token_embed")
+        assert server.pipeline.pools[-1].longest == 0, "vectors of tokens have no mean"
+        await good(server, "/v1/embeddings", model="e", input="ab")
+        assert server.pipeline.pools[-1].longest == 0 and server.pipeline.pools[-1].inputs[0].lead == 0
+
+
 async def test_what_score_refuses() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"text_1": ["a", "b"], "text_2": "a"}, "text_1"), ({"text_1": ["a", "b"], "text_2": ["a"] * 3}, "text_1"),
@@ -292,6 +320,7 @@ async def test_what_score_refuses() -> None:
         ({"queries": ["a", "b"], "documents": ["a"]}, "queries"),
         ({"text_1": "a", "text_2": "b", "max_tokens_per_doc": 64}, "max_tokens_per_doc"),
         ({"text_1": "a", "text_2": "b", "instruction": "x"}, "instruction"),
+        ({"text_1": "a", "text_2": "b", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ({"text_1": "a", "text_2": "b", "model": "e", "use_activation": False}, "use_activation"),
         ({"text_1": "a", "text_2": ["a", "fail context_length_exceeded"], "model": "second-embedder"}, "text_2[1]"),
     ]

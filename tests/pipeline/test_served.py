@@ -154,3 +154,32 @@ def test_positions_of_roberta_begin_behind_the_paddings(tmp_path: Path) -> None:
                    pad_token_id=1)
     assert configured(str(folder))[0].max_model_len == 512
     assert "context of 512" in refused(str(folder), "--max-model-len", "514")
+
+
+def test_long_inputs_in_parts(tmp_path: Path) -> None:
+    folder = str(encoder(tmp_path / "m"))
+    (found,) = configured(folder, "--long-inputs", "chunk", "--max-model-len", "100")
+    assert (found.long_inputs, found.max_embed_len) == ("chunk", 6400)
+    vllm = ("--pooler-config", '{"enable_chunked_processing": true, "max_embed_len": 3000}')
+    (found,) = configured(folder, *vllm)
+    assert (found.long_inputs, found.max_embed_len) == ("chunk", 3000)
+    (found,) = configured(folder, "--long-inputs", "truncate", *vllm)
+    assert (found.long_inputs, found.max_embed_len) == ("truncate", 0)
+    assert "one embedding of each input" in refused(folder, "--task", "classify", "--long-inputs", "chunk")
+    assert "max_embed_len" in refused(folder, "--pooler-config", '{"max_embed_len": "long"}')
+
+
+def test_a_causal_reranker_and_what_vllm_calls_it(tmp_path: Path) -> None:
+    folder = str(model(tmp_path / "m", architectures=["Qwen3ForCausalLM"], model_type="qwen3"))
+    (found,) = configured(folder)
+    assert (found.task, found.pair_template) == ("generate", "")
+    (found,) = configured(folder, "--task", "score")
+    assert found.task == "score" and "<Instruct>: {{ instruction" in found.pair_template
+    (found,) = configured(folder, "--hf-overrides", json.dumps({
+        "architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["no", "yes"],
+        "is_original_qwen3_reranker": True}), "--chat-template", "{{ query }}{{ document }}")
+    assert (found.task, found.pair_template) == ("score", "{{ query }}{{ document }}")
+    assert found.pooler == {"classifier_from_token": ["no", "yes"]}
+    (found,) = configured(folder, "--pooler-config", '{"classifier_from_token": ["a", "b", "c"]}')
+    assert (found.task, found.pair_template) == ("classify", "")
+    assert "'rope_theta'" in refused(folder, "--hf-overrides", '{"rope_theta": 1}')

@@ -61,9 +61,9 @@ class World:
         return 0.0
 
     def submit(self, *inputs: PoolText, truncate: int | None = None, left: bool = False, special: bool = True,
-               epoch: int = 1, deadline_ns: int = 0) -> SubmitPool:
+               epoch: int = 1, deadline_ns: int = 0, longest: int = 0) -> SubmitPool:
         made = SubmitPool(self.rids.next(), Route(0, epoch, 0, 7, 0, 0), 0, list(inputs), PoolParams("embed"), special,
-                          truncate, left, deadline_ns)
+                          truncate, left, deadline_ns, longest=longest)
         self.worker.handle(made)
         self.worker.assert_invariants()
         return made
@@ -228,3 +228,88 @@ def test_what_the_engine_does_not_take_waits_in_order() -> None:
     world.full.clear()
     world.worker.turn()
     assert len(world.results(made.rid)) == 1
+
+
+# ---- long inputs in parts ------------------------------------------------------------------------------------------
+
+def test_a_long_input_comes_in_parts_that_look_like_inputs(referee: PreTrainedTokenizerFast) -> None:
+    world, text = World(), " ".join(f"word{n}" for n in range(40))
+    whole = referee(text, add_special_tokens=False)["input_ids"]
+    made = world.submit(PoolText(0, text=text), PoolText(1, text="short"), PoolText(2, ids=pack_ids(whole)), longest=2000)
+    world.run()
+    long, short, ids = world.results(made.rid)
+    sizes, first, last = list(unpack_ids(long.parts)), referee.cls_token_id, referee.sep_token_id
+    found, rest = list(unpack_ids(long.ids)), []
+    for size in sizes:
+        assert found[0] == first and found[size - 1] == last and size <= LENGTH
+        rest += found[1:size - 1]
+        found = found[size:]
+    assert rest == whole and set(sizes[:-1]) == {LENGTH} and not found
+    assert not short.parts and list(unpack_ids(short.ids)) == referee("short")["input_ids"]
+    assert list(unpack_ids(ids.ids)) == whole and sum(unpack_ids(ids.parts)) == len(whole)
+    assert max(unpack_ids(ids.parts)) == LENGTH
+
+
+def test_a_part_is_never_asked_for_beyond_the_longest_input_or_where_the_request_cuts() -> None:
+    text = "word " * 200
+    for longest, special in ((120, True), (199, False), (5, True)):
+        failed = World().refused(PoolText(0, text=text), longest=longest, special=special)
+        assert (failed.code, failed.param) == ("context_length_exceeded", "input[0]") and f"at most {longest}" in failed.message
+    world = World()
+    made = world.submit(PoolText(0, text=text), truncate=10, longest=1000)
+    world.run()
+    assert not world.results(made.rid)[0].parts and len(world.results(made.rid)[0].ids) == 40
+
+
+def test_a_prompt_that_is_not_pooled_is_counted(referee: PreTrainedTokenizerFast) -> None:
+    world, prompt = World(), "search query: "
+    made = world.submit(PoolText(0, text=prompt + "capital", lead=len(prompt)), PoolText(1, text="capital"))
+    world.run()
+    ahead = len(referee(prompt)["input_ids"]) - 1                      # sentence-transformers leaves out the end token
+    assert [given.skip for given in world.results(made.rid)] == [ahead, 0]
+
+
+# ---- two texts through a template ----------------------------------------------------------------------------------
+
+JOIN = "[CLS]{{ instruction | default('judge') }}: {{ query }} / {{ document }}[SEP]yes or no [SEP]"
+
+
+def join(*inputs: PoolText, **options: Any) -> tuple[World, list[PoolInput]]:
+    world = World(length=64, pair_template=JOIN)
+    made = world.submit(*inputs, **options)
+    world.run()
+    return world, world.results(made.rid)
+
+
+def test_a_template_joins_two_texts(referee: PreTrainedTokenizerFast) -> None:
+    _, found = join(PoolText(0, text="good food", pair="the soup", chat=Chat(b"")),
+                    PoolText(1, text="good food", pair="the soup", chat=Chat(b"", kwargs_json=b'{"instruction": "find"}')),
+                    PoolText(2, text="good food", pair="a [SEP] b", chat=Chat(b"")))
+    texts = ["judge: good food / the soup", "find: good food / the soup"]
+    for given, text in zip(found, texts):
+        expected = referee(f"[CLS]{text}[SEP]yes or no [SEP]", add_special_tokens=False)["input_ids"]
+        assert list(unpack_ids(given.ids)) == expected and not given.type_ids
+    assert list(unpack_ids(found[2].ids)).count(referee.sep_token_id) == 2, "a user's text is never a control token"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_is_too_long_for_a_template_is_cut_out_of_the_second_text(referee: PreTrainedTokenizerFast, side: str) -> None:
+    words = [f"w{n}" for n in range(60)]
+    _, (given,) = join(PoolText(0, text="q", pair=" ".join(words), chat=Chat(b"")), truncate=30, left=side == "left")
+    ids = list(unpack_ids(given.ids))
+    front = referee("[CLS]judge: q /", add_special_tokens=False)["input_ids"]
+    back = referee("[SEP]yes or no [SEP]", add_special_tokens=False)["input_ids"]
+    document = referee(" ".join(words), add_special_tokens=False)["input_ids"]
+    room = 30 - len(front) - len(back)
+    assert ids == front + (document[-room:] if side == "left" else document[:room]) + back
+    failed = World(length=64, pair_template=JOIN).refused(PoolText(0, text="q", pair=" ".join(words), chat=Chat(b"")))
+    assert (failed.code, failed.param) == ("context_length_exceeded", "input[0]")
+    failed = World(length=64, pair_template=JOIN).refused(
+        PoolText(0, text=" ".join(words), pair="d", chat=Chat(b"")), truncate=10)
+    assert failed.code == "context_length_exceeded", "the query and the template do not fit: nothing is left to cut"
+
+
+def test_each_text_of_a_template_may_be_cut_by_itself(referee: PreTrainedTokenizerFast) -> None:
+    _, (given,) = join(PoolText(0, text="one two three", pair="four five six", chat=Chat(b""), keep=2, keep_pair=1))
+    expected = referee("[CLS]judge: one two / four[SEP]yes or no [SEP]", add_special_tokens=False)["input_ids"]
+    assert list(unpack_ids(given.ids)) == expected

@@ -102,7 +102,7 @@ static void run_pair(const linear_args *g, long row, long stop, long panel, cons
     for (long rows, i = 0; row < stop; row += rows, i++) {
         ahead next = {following + 2 * bytes / (size_t)tiles * (size_t)i, 1024 / tiles};
         rows = even_rows(stop - row, WIDE_ROWS);
-        wide_f32[rows]((const float *)g->a + row * g->lda, g->lda, weights, k * PANEL, k, c, next);
+        wide_f32[rows]((const float *)g->a + row * g->lda, g->lda, weights, k * PANEL, k, c, 2 * PANEL, next);
         finish(g, row, rows, panel, c, 2 * PANEL);
         finish(g, row, rows, panel + 1, c + PANEL, 2 * PANEL);
     }

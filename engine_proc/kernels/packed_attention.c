@@ -69,27 +69,41 @@ static void load_values(const packed_attention_args *a, const float *v, long cou
     }
 }
 
-/* Scores s[0, count) become weights, zero outside [lo, hi); returns their sum.  bias: of key 0, or NULL. */
+/* Scores s[0, count) become weights, zero outside [lo, hi); returns their sum.  scale > 0; bias: of key 0, or NULL. */
 static float softmax(float *s, long lo, long hi, long count, float scale, const float *bias) {
     v16 factor = v_set1(scale * (float)LOG2E), most = v_set1(-INFINITY), total = v_zero(), out = v_set1(-INFINITY);
-    v16 log2e = v_set1((float)LOG2E);
+    v16 unscaled = v_set1(1.0f / scale);
     long start = lo & ~15L, end = round_up(hi, 16);
     for (long j = start; j < end; j += 16) {
-        v16 v = v_mul(v_load(s + j), factor);
-        if (bias) v = v_fma(v_load(bias + j), log2e, v);
-        if (j < lo || j + 16 > hi) v = v_keep(v, lanes(lo - j), lanes(hi - j), out);
-        v_store(s + j, v);
+        v16 v = v_load(s + j);
+        if (bias) v_store(s + j, v = v_fma(v_load(bias + j), unscaled, v));
+        if (j < lo || j + 16 > hi) v_store(s + j, v = v_keep(v, lanes(lo - j), lanes(hi - j), out));
         most = v_max(most, v);
     }
-    v16 shift = v_set1(v_hmax(most));
+    v16 shift = v_set1(-v_hmax(most) * scale * (float)LOG2E);
     for (long j = 0; j < start; j += 16) v_store(s + j, v_zero());
     for (long j = start; j < end; j += 16) {
-        v16 p = v_exp2(v_sub(v_load(s + j), shift)); /* 0 where it is masked */
+        v16 p = v_exp2(v_fma(v_load(s + j), factor, shift)); /* 0 where it is masked */
         v_store(s + j, p);
         total = v_add(total, p);
     }
     for (long j = end; j < count; j += 16) v_store(s + j, v_zero());
     return v_sum(total);
+}
+
+/* scores[rows][count] (rows `keys` floats apart) = queries x panels of keys. */
+static void products(const float *q, long ldq, long rows, const float *panels, long dim, long count, float *scores,
+                     long keys) {
+    long t = 0;
+#if WIDE_ROWS
+    ahead nothing = {(const char *)panels, 0};
+    for (; t + 2 * PANEL <= count; t += 2 * PANEL)
+        for (long r = 0, some; r < rows; r += some) {
+            some = even_rows(rows - r, WIDE_ROWS);
+            wide_f32[some](q + r * ldq, ldq, panels + t * dim, dim * PANEL, dim, scores + r * keys + t, keys, nothing);
+        }
+#endif
+    for (; t < count; t += PANEL) tile_f32[rows](q, ldq, panels + t * dim, dim, scores + t, keys, 0);
 }
 
 static void run_item(const plan *p, const item *it, float *work) {
@@ -105,8 +119,7 @@ static void run_item(const plan *p, const item *it, float *work) {
         long skip = first_key(a, row) - origin, count = end_key(a, row + rows, n) - origin - skip;
         const float *q = a->q + (base + row) * a->ldq + it->head * dim;
         float inverse[TILE_ROWS];
-        for (long t = 0; t < count; t += PANEL)
-            tile_f32[rows](q, a->ldq, panels + (skip + t) * dim, dim, scores + t, keys, 0);
+        products(q, a->ldq, rows, panels + skip * dim, dim, count, scores, keys);
         for (long r = 0; r < rows; r++) {
             long me = row + r, seen = a->window && me > a->window ? me - a->window : 0;
             long shift = origin + skip; /* the key of scores[0] */

@@ -23,15 +23,25 @@ INLINE void tile_f32_body(const int rows, const float *a, long lda, const float 
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = accumulate ? v_load(out + r * ldc + 16 * j) : v_zero();
         ROWS_START(float, x, a);
-        for (long i = 0; i < k; i++, w += PANEL) {
+#define TILE_STEP(u)                                                                                                   \
+    do {                                                                                                               \
+        if (weights && half == 0) ask_ahead(&next);                                                                    \
+        v16 wj[TILE_VECS];                                                                                             \
+        UNROLL for (int j = 0; j < TILE_VECS; j++) wj[j] = v_pin(v_load(w + (u) * PANEL + 16 * j));                    \
+        UNROLL for (int r = 0; r < rows; r++) {                                                                        \
+            v16 xr = v_set1(ROW(x, r)[u]);                                                                             \
+            UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(xr, wj[j], acc[r][j]);                        \
+        }                                                                                                              \
+    } while (0)
+        long i = 0;
+        for (; i + 4 <= k; i += 4, w += 4 * PANEL) {
             ROWS_HIDE(step);
-            if (weights && half == 0) ask_ahead(&next);
-            v16 wj[TILE_VECS];
-            UNROLL for (int j = 0; j < TILE_VECS; j++) wj[j] = v_pin(v_load(w + 16 * j));
-            UNROLL for (int r = 0; r < rows; r++) {
-                v16 xr = v_set1(*ROW(x, r));
-                UNROLL for (int j = 0; j < TILE_VECS; j++) acc[r][j] = v_fma(xr, wj[j], acc[r][j]);
-            }
+            UNROLL for (int u = 0; u < 4; u++) TILE_STEP(u);
+            ROWS_ADVANCE(x, 4);
+        }
+        for (; i < k; i++, w += PANEL) {
+            ROWS_HIDE(step);
+            TILE_STEP(0);
             ROWS_ADVANCE(x, 1);
         }
         UNROLL for (int r = 0; r < rows; r++)
@@ -42,7 +52,7 @@ INLINE void tile_f32_body(const int rows, const float *a, long lda, const float 
 #if WIDE_ROWS
 /* Four of k at a time: with a neighbour on the same core it is the number of instructions that counts. */
 INLINE void wide_f32_body(const int rows, const float *a, long lda, const float *panel, long apart, long k, float *c,
-                          ahead next) {
+                          long ldc, ahead next) {
     v16 acc[WIDE_ROWS][4];
     const float *w = panel, *v = panel + apart, *x[WIDE_ROWS];
     UNROLL for (int r = 0; r < rows; r++) {
@@ -64,13 +74,13 @@ INLINE void wide_f32_body(const int rows, const float *a, long lda, const float 
     }
     for (; i < k; i++, w += PANEL, v += PANEL) WIDE_STEP(i, w, v);
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int j = 0; j < 4; j++) v_store(c + r * 2 * PANEL + 16 * j, acc[r][j]);
+        UNROLL for (int j = 0; j < 4; j++) v_store(c + r * ldc + 16 * j, acc[r][j]);
 }
 
 #define WIDE(rows)                                                                                                     \
     static void wide_f32_##rows(const float *a, long lda, const float *panel, long apart, long k, float *c,            \
-                                ahead next) {                                                                          \
-        wide_f32_body(rows, a, lda, panel, apart, k, c, next);                                                         \
+                                long ldc, ahead next) {                                                                \
+        wide_f32_body(rows, a, lda, panel, apart, k, c, ldc, next);                                                    \
     }
 WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6)
 const wide_f32_fn wide_f32[WIDE_ROWS + 1] = {0,          wide_f32_1, wide_f32_2, wide_f32_3,

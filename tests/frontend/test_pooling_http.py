@@ -38,6 +38,7 @@ FACTS: dict[int, dict[str, Any]] = {
     5: {"labels": ["LABEL_0"], "tasks": ["score"]},
     6: {"dimension": 4, "matryoshka": None, "tasks": ["embed", "token_embed"], "late_interaction": False},
 }
+SCORERS = ["embedder", "ranker", "second-embedder", "judge", "reader"]
 UNIT = [0.70710677, 0.70710677, 0.0, 0.0]                # "ab"
 
 
@@ -198,11 +199,12 @@ async def test_a_model_of_the_wrong_kind_names_those_that_fit() -> None:
     cases: list[tuple[str, dict[str, Any], list[str]]] = [
         ("/v1/chat/completions", {"model": "e", "messages": [{"role": "user", "content": "x"}]}, ["chatter"]),
         ("/v1/completions", {"model": "ranker", "prompt": "x"}, ["chatter"]),
-        ("/v1/embeddings", {"model": "classifier", "input": "x"}, ["embedder", "second-embedder"]),
-        ("/classify", {"model": "e", "input": "x"}, ["classifier", "ranker"]),
-        ("/score", {"model": "classifier", "text_1": "x", "text_2": "y"}, ["embedder", "ranker", "second-embedder"]),
-        ("/v1/rerank", {"model": "chatter", "query": "x", "documents": ["y"]}, ["embedder", "ranker", "second-embedder"]),
-        ("/pooling", {"model": "chatter", "input": "x"}, ["embedder", "classifier", "ranker", "second-embedder"]),
+        ("/v1/embeddings", {"model": "classifier", "input": "x"}, ["embedder", "second-embedder", "reader"]),
+        ("/classify", {"model": "e", "input": "x"}, ["classifier", "ranker", "judge"]),
+        ("/score", {"model": "classifier", "text_1": "x", "text_2": "y"}, SCORERS),
+        ("/v1/rerank", {"model": "chatter", "query": "x", "documents": ["y"]}, SCORERS),
+        ("/pooling", {"model": "chatter", "input": "x"}, [
+            "embedder", "classifier", "ranker", "second-embedder", "judge", "reader"]),
     ]
     async with pooling() as server:
         for path, body, fitting in cases:

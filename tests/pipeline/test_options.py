@@ -196,7 +196,8 @@ def test_the_defaults_of_the_options_are_those_of_the_configuration() -> None:
 def test_every_option_reaches_the_configuration_or_the_command_line() -> None:
     """No option may be accepted and lead nowhere: each key is read somewhere in the command line's modules."""
     folder = Path(assemble.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("assemble.py", "cli.py", "served.py", "preparation.py"))
+    names = ("assemble", "pooling", "cli", "served", "preparation")
+    text = "".join((folder / f"{name}.py").read_text() for name in names)
     unused = [option.key for option in OPTIONS if f'settings["{option.key}"]' not in text]
     assert unused == []
 

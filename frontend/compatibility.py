@@ -56,7 +56,7 @@ YARDSTICK: dict[str, tuple[str, ...]] = {path: tuple(dict.fromkeys(names.split()
     "/score": f"text_1 text_2 {_SCORING}",
     "/rerank": f"query documents top_n return_documents {_SCORING}",
     "/v1/audio/transcriptions": f"{_SPEECH} timestamp_granularities include chunking_strategy",
-    "/v1/audio/translations": _SPEECH,
+    "/v1/audio/translations": f"{_SPEECH} timestamp_granularities",
 }.items()}
 
 # Why a field may be accepted without effect.

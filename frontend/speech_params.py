@@ -46,7 +46,7 @@ def ask(task: str, upload: Form, config: ServerConfig, stages: Stages) -> Speech
     body = validate(schema, values(upload.fields))
     number = choose(config, body.model, ("transcribe",), "transcribe recordings")
     facts, name = stages.facts(number), config.models[number].names[0]
-    granularities = getattr(body, "timestamp_granularities", [])
+    granularities = body.timestamp_granularities
     if granularities and body.response_format != "verbose_json":
         raise invalid("'timestamp_granularities' needs 'response_format' to be verbose_json.", "timestamp_granularities")
     if body.stream and body.response_format not in ("json", "text"):

@@ -45,6 +45,8 @@ class SpeechBody(Body):
     presence_penalty: Penalty = 0.0
     repetition_penalty: RepetitionPenalty = 1.0
     max_completion_tokens: NumTokens | None = Field(None, description="of each thirty seconds")
+    timestamp_granularities: list[Literal["word", "segment"]] = Field(
+        [], description="what verbose_json tells the times of (default: segment)")
     to_language: Language | None = None
     stream: bool = False
     stream_include_usage: bool = False
@@ -54,9 +56,6 @@ class SpeechBody(Body):
 
 class TranscriptionBody(SpeechBody):
     """POST /v1/audio/transcriptions."""
-
-    timestamp_granularities: list[Literal["word", "segment"]] = Field(
-        [], description="what verbose_json tells the times of (default: segment)")
 
 
 class TranslationBody(SpeechBody):

@@ -67,7 +67,8 @@ def _run(command: list[str], server: Server, **environment: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _python(name: str, packages: tuple[str, ...], bare: tuple[str, ...] = ()) -> Run:
+def environment(name: str, packages: tuple[str, ...], bare: tuple[str, ...] = ()) -> Path:
+    """The interpreter of a virtual environment that has these packages."""
     def make(place: Path) -> subprocess.CompletedProcess[str]:
         subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True, timeout=INSTALL_S)
         pip = [str(place / "venv/bin/pip"), "install", "--quiet"]
@@ -75,9 +76,13 @@ def _python(name: str, packages: tuple[str, ...], bare: tuple[str, ...] = ()) ->
         if bare and not done.returncode:
             done = subprocess.run([*pip, "--no-deps", *bare], capture_output=True, text=True, timeout=INSTALL_S)
         return done
-    place = _made(_place(name, packages + bare), make)
+    return _made(_place(name, packages + bare), make) / "venv/bin/python"
+
+
+def _python(name: str, packages: tuple[str, ...], bare: tuple[str, ...] = ()) -> Run:
+    python = environment(name, packages, bare)
     return lambda script, server, model=MODEL: _run(
-        [str(place / "venv/bin/python"), str(SCRIPTS / script)], server, QUARTET_MODEL=model,
+        [str(python), str(SCRIPTS / script)], server, QUARTET_MODEL=model,
         LITELLM_LOCAL_MODEL_COST_MAP="True")
 
 

@@ -96,7 +96,9 @@ async def test_a_translation(tmp_path: Path) -> None:
         answer = await post(server, task="translations", to_language="en", language="de")
         assert answer.json() == {"text": TEXT}
         sent = server.pipeline.recordings[0].params
-    assert (sent.task, sent.language) == ("translate", "de")
+        timed = await post(server, task="translations", response_format="verbose_json",
+                           **{"timestamp_granularities[]": "word"})
+    assert (sent.task, sent.language) == ("translate", "de") and timed.json()["words"]
 
 
 async def test_what_is_asked_for_reaches_the_engine(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from engine_proc import sampler
 from engine_proc.core import EngineCore
+from engine_proc.greedy import Batch, Calls
 from engine_proc.loader import load_runner
 from pipeline import codec
 from pipeline.checkpoint import describe
@@ -44,15 +46,29 @@ class Stopwatch:
         self.seconds: Counter[str] = Counter()
 
     def watch(self, owner: Any, attribute: str, name: str) -> None:
-        inner: Callable[..., Any] = getattr(owner, attribute)
+        setattr(owner, attribute, self.timed(getattr(owner, attribute), name))
 
+    def timed(self, inner: Callable[..., Any], name: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return inner(*args, **kwargs)
             finally:
                 self.seconds[name] += time.perf_counter() - start
-        setattr(owner, attribute, timed)
+        return timed
+
+
+def watch_greedy(runner: Any, watch: Stopwatch) -> None:
+    """The parts of steps that do without the model's ordinary calls."""
+    bind = runner.model.bind
+
+    def timed(batch: Batch) -> Calls:
+        calls = bind(batch)
+        return replace(calls, layers=watch.timed(calls.layers, "layers"), head=watch.timed(calls.head, "head"),
+                       argmax=watch.timed(calls.argmax, "sample"))
+    runner.model.bind = timed
+    runner.greedy._calls.clear()                # what the self-test bound
+    watch.watch(runner.greedy, "prepare", "prepare")
 
 
 def run(core: EngineCore, watch: Stopwatch, streams: int, prompt: int, steps: int) -> None:
@@ -114,6 +130,8 @@ def main() -> None:
     watch.watch(runner.model, "forward", "layers")
     watch.watch(runner.model, "logits", "head")
     watch.watch(sampler, "sample", "sample")
+    if runner.greedy is not None:
+        watch_greedy(runner, watch)
     for streams in (int(s) for s in args.streams.split(",")):
         run(core, watch, streams, args.prompt, args.steps)
 

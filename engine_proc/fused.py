@@ -15,7 +15,10 @@ from engine_proc.arch import Arch
 from engine_proc.attention import PagedAttention
 from engine_proc.decoder import Decoder, ModelBatch
 from engine_proc.decoder import DecoderLayer as Layer
+from engine_proc.greedy import Batch, Calls
 from engine_proc.kernels import DecoderLayer, DecoderModel, Kernels, PackedLinear, StepInput, WeightType
+from engine_proc.kernels.native import NativeKernels, NativeLinear
+from engine_proc.kernels.native_decoder import NativeDecoder
 from engine_proc.layers import Linear, Norm, TorchOps
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -71,6 +74,7 @@ class FusedDecoder:
         arch = net.arch
         self.hidden_size = arch.hidden
         self.vocab_size, self._arch, self._cache, self._head = net.vocab_size, arch, cache, _packed(net.head)
+        self.binds = arch.logit_divisor == 1.0 and arch.logit_softcap is None
         specs, self._kernels = net.layers[0].spec, net.ops.kernels
         self._decoder = self._kernels.decoder(DecoderModel(
             layers=tuple(_layer(layer, cache.k[i], cache.v[i]) for i, layer in enumerate(net.layers)),
@@ -110,6 +114,19 @@ class FusedDecoder:
         ids = tokens.numpy()            # between two steps the caches are cold: NumPy touches less code than torch
         valid = np.isfinite(logits.numpy()[np.arange(len(ids)), ids]) & ~nan.numpy()
         return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(valid)
+
+    def bind(self, batch: Batch) -> Calls:
+        """The same as forward, logits and argmax, for a batch whose arrays stay. Only for a model that `binds`."""
+        assert isinstance(self._decoder, NativeDecoder) and isinstance(self._head, NativeLinear)
+        assert isinstance(self._kernels, NativeKernels)
+        count, tensor = len(batch.ids), torch.from_numpy
+        rows, hidden, logits = torch.arange(count + 1, dtype=torch.int32), tensor(batch.hidden), tensor(batch.logits)
+        step = StepInput(
+            ids=tensor(batch.ids), positions=tensor(batch.positions), slots=tensor(batch.slots),
+            block_tables=tensor(batch.tables), query_starts=rows, context_lens=tensor(batch.context_lens),
+            out_rows=rows[:count])
+        return Calls(batch, self._decoder.bind(step, hidden), self._head.bind(hidden, logits),
+                     self._kernels.bind_argmax(logits, tensor(batch.tokens), tensor(batch.nan)))
 
     def take_times(self) -> dict[str, float]:
         """Seconds by kind of operation since the last call, where it is measured."""

@@ -17,6 +17,7 @@ from engine_proc.attention import PagedAttention
 from engine_proc.batch import BatchBuilder, StepBatch
 from engine_proc.decoder import ModelBatch
 from engine_proc.device import Device, Fetch, Work
+from engine_proc.greedy import GreedySteps, results_of
 from engine_proc.masks import Mask, masks, without_ends
 from engine_proc.plan import Candidates, ItemResult, StepPlan
 from engine_proc.request import Sequence
@@ -75,6 +76,10 @@ class ModelRunner:
         self.slots = Slots(config.max_num_seqs, model.vocab_size, max_model_len + 1, device.torch_device)
         self._builder = BatchBuilder(device, config.block_size, config.max_step_tokens, config.max_num_seqs,
                                      -(-max_model_len // config.block_size))
+        # a step that is launched ahead does not know its tokens
+        self.greedy = None if self.depth or not getattr(model, "binds", False) else GreedySteps(
+            model, self.slots, config.block_size,  # type: ignore[arg-type]
+            config.max_num_seqs, -(-max_model_len // config.block_size) + 1)
 
     def admit(self, seq: Sequence) -> None:
         """Give `seq` a sampler slot; QuartetError when one of its ids is outside of the vocabulary, or its embeddings are
@@ -87,8 +92,16 @@ class ModelRunner:
     def release(self, seq: Sequence) -> None:
         self.slots.release(seq)
 
-    def launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> object:
         """All that is read from sequences is read here; what the device does may happen later."""
+        if self.greedy is not None:
+            calls = self.greedy.prepare(plan)
+            if calls is not None:
+                calls.layers()
+                calls.head()
+                calls.argmax()
+                return results_of(calls.batch)
+            self.greedy.forget()
         batch = self._builder.build(plan)
         rows: Rows | None = None
         if batch.sampled:
@@ -129,6 +142,8 @@ class ModelRunner:
         return Computed(sampled, result, scored)
 
     def collect(self, handle: object) -> list[ItemResult]:
+        if isinstance(handle, list):                # of a greedy step, which is over
+            return handle
         assert isinstance(handle, Launched)
         batch, results, done = handle.batch, [ItemResult() for _ in handle.plan.items], handle.work.wait()
         if done.sampled is not None:

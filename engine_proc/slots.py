@@ -145,6 +145,10 @@ class Slots:
             table.pop(slot, None)
         self._free.append(slot)
 
+    def plain(self, slot: int) -> bool:
+        """Whether the sequence in `slot` asks for nothing but its best token."""
+        return not self._special[slot]
+
     def gather(self, slots: np.ndarray, position: np.ndarray) -> Rows:
         """The parameters of rows whose sequences sit in `slots`, int64 [R]."""
         floats, ints, keys = self._floats[:, slots], self._ints[:, slots], self._keys[:, slots]

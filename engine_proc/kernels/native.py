@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -117,6 +118,20 @@ class NativeLinear(PackedLinear):
         )
         check(failed, "linear")
         return out
+
+
+    def bind(self, x: Tensor, out: Tensor) -> Callable[[], None]:
+        """The product of float32 tensors that stay where they are."""
+        assert x.dtype is out.dtype is torch.float32 and x.shape[1] == self.k
+        assert (*out.shape,) == (x.shape[0], self.n) and is_supported(x) and is_supported(out)
+        call, kept = self._q_linear, (self, x, out)
+        arguments = (self.address, x.data_ptr(), 0, x.stride(0), x.shape[0], out.data_ptr(), 0, out.stride(0))
+
+        def run() -> None:
+            assert kept
+            check(call(*arguments), "linear")
+
+        return run
 
 
 class HugePages:
@@ -509,6 +524,20 @@ class NativeKernels(Kernels):
             nan.data_ptr(),
         )
         return ids, chosen, nan
+
+    def bind_argmax(self, logits: Tensor, ids: Tensor, nan: Tensor) -> Callable[[], None]:
+        """argmax of float32 logits that stay where they are, into `ids` (int32) and `nan` (bool)."""
+        rows, vocab = logits.shape
+        assert is_supported(logits) and logits.dtype is torch.float32
+        assert ids.dtype is torch.int32 and nan.dtype is torch.bool and len(ids) == len(nan) == rows
+        call, kept = self.library.q_argmax, (logits, ids, nan)
+        arguments = (logits.data_ptr(), 0, rows, vocab, logits.stride(0), ids.data_ptr(), 0, nan.data_ptr())
+
+        def run() -> None:
+            assert kept
+            call(*arguments)
+
+        return run
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, vocab = logits.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,8 +70,27 @@ class NativeDecoder:
     def __call__(
         self, step: StepInput, *, logits: bool = True, hidden: bool = False
     ) -> tuple[Tensor | None, Tensor | None]:
-        rows, outs, model = step.ids.shape[0], step.out_rows.shape[0], self._model
+        model, outs = self._model, step.out_rows.shape[0]
         assert model.head is not None or not logits
+        scores = torch.empty(outs, model.head.n) if logits and model.head is not None else None
+        states = torch.empty(outs, self._hidden) if hidden else None
+        check(self._step(self._packed, self._pack(step, scores, states)), "decoder step")
+        return scores, states
+
+    def bind(self, step: StepInput, hidden: Tensor) -> Callable[[], None]:
+        """The step over tensors that stay where they are: reads them and writes `hidden` whenever it is called."""
+        assert hidden.shape == (step.out_rows.shape[0], self._hidden) and hidden.is_contiguous()
+        call, model, packed, kept = self._step, self._packed, self._pack(step, None, hidden), (step, hidden)
+
+        def run() -> None:
+            assert kept
+            check(call(model, packed), "decoder step")
+
+        return run
+
+    def _pack(self, step: StepInput, scores: Tensor | None, states: Tensor | None) -> bytes:
+        """decoder_step; the tensors must outlive the call."""
+        rows, outs = step.ids.shape[0], step.out_rows.shape[0]
         assert step.positions.shape[0] == step.slots.shape[0] == rows and step.block_tables.stride(1) == 1
         assert step.query_starts.shape[0] == step.context_lens.shape[0] + 1
         for tensor in (step.ids, step.positions, step.slots, step.block_tables, step.out_rows):
@@ -81,31 +101,24 @@ class NativeDecoder:
             assert step.embeds.dtype is torch.float32 and step.embeds.shape == (rows, self._hidden)
             assert step.embeds.is_contiguous()
             embeds = step.embeds.data_ptr()
-        scores = torch.empty(outs, model.head.n) if logits and model.head is not None else None
-        states = torch.empty(outs, self._hidden) if hidden else None
-        failed = self._step(
-            self._packed,
-            _STEP.pack(
-                step.ids.data_ptr(),
-                embeds,
-                step.positions.data_ptr(),
-                step.slots.data_ptr(),
-                step.block_tables.data_ptr(),
-                step.query_starts.data_ptr(),
-                step.context_lens.data_ptr(),
-                step.out_rows.data_ptr(),
-                0 if states is None else states.data_ptr(),
-                0 if scores is None else scores.data_ptr(),
-                self._times_at,
-                rows,
-                step.context_lens.shape[0],
-                step.block_tables.stride(0),
-                step.block_tables.shape[1],
-                outs,
-            ),
+        return _STEP.pack(
+            step.ids.data_ptr(),
+            embeds,
+            step.positions.data_ptr(),
+            step.slots.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.query_starts.data_ptr(),
+            step.context_lens.data_ptr(),
+            step.out_rows.data_ptr(),
+            0 if states is None else states.data_ptr(),
+            0 if scores is None else scores.data_ptr(),
+            self._times_at,
+            rows,
+            step.context_lens.shape[0],
+            step.block_tables.stride(0),
+            step.block_tables.shape[1],
+            outs,
         )
-        check(failed, "decoder step")
-        return scores, states
 
     def take_times(self) -> dict[str, float]:
         """Seconds by kind of operation since the last call."""

@@ -71,7 +71,6 @@ class GreedySteps:
         self._model, self._slots, self._block_size = model, slots, block_size
         self._most = max(1, min(max_seqs, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
         self._room = Batch.room(self._most, max_blocks, model.hidden_size, model.vocab_size)
-        self._rows = np.arange(self._most)
         self._seqs: list[Sequence] = []                 # of the step before this one, and of each
         self._starts: list[int] = []                    # the position
         self._preemptions: list[int] = []               # and how often it had lost its blocks
@@ -94,14 +93,17 @@ class GreedySteps:
         if calls is None:
             calls = self._calls[count] = self._model.bind(self._room.first(count))
         batch = calls.batch
-        batch.ids[:] = [item.seq.tokens[item.start] for item in items]
-        batch.positions[:] = starts
+        ids, where = [], []                             # plain lists: between two steps the caches are cold
+        for row, item in enumerate(items):
+            seq, start = item.seq, item.start
+            number, offset = divmod(start, size)
+            block = seq.block_table[number]
+            ids.append(seq.tokens[start])
+            where.append(block * size + offset)
+            if not offset:                              # its first token in a block
+                batch.tables[row, number] = block
+        batch.ids[:], batch.slots[:], batch.positions[:] = ids, where, starts
         np.add(batch.positions, 1, out=batch.context_lens)
-        for row, start in enumerate(starts):
-            if start % size == 0:                       # its first token in a block
-                batch.tables[row, start // size] = items[row].seq.block_table[start // size]
-        block, offset = np.divmod(batch.positions, size)
-        batch.slots[:] = batch.tables[self._rows[:count], block] * size + offset
         return calls
 
     def _goes_on(self, items: list[PlanItem]) -> bool:

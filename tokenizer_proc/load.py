@@ -78,8 +78,8 @@ class TextModel:
         if name is None and len(self._sources) == 1:
             name = next(iter(self._sources))
         if name is None:
-            raise QuartetError("invalid_request", "This model has no chat template: use the completions API, or start "
-                               "the server with --chat-template (chatml, for instance).", "messages")
+            raise QuartetError("invalid_request", "This model has no chat template: send a text in place of 'messages', or "
+                               "start the server with --chat-template (chatml, for instance).", "messages")
         template = self._compiled.get(name)
         if template is None:
             template = self._compiled[name] = ChatTemplate(self._sources[name], content_format=self.content_format)

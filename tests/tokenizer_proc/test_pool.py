@@ -31,6 +31,7 @@ from pipeline.messages import (
 from pipeline.params import DetokSpec, PoolParams, SamplingParams
 from pipeline.transport import Address
 from tests.serving import ROOT
+from tokenizer_proc.chat import render_pair
 from tokenizer_proc.pool import SLICE_INPUTS
 from tokenizer_proc.worker import POOL_TURN, TokenizerWorker
 
@@ -313,3 +314,16 @@ def test_each_text_of_a_template_may_be_cut_by_itself(referee: PreTrainedTokeniz
     _, (given,) = join(PoolText(0, text="one two three", pair="four five six", chat=Chat(b""), keep=2, keep_pair=1))
     expected = referee("[CLS]judge: one two / four[SEP]yes or no [SEP]", add_special_tokens=False)["input_ids"]
     assert list(unpack_ids(given.ids)) == expected
+
+
+def test_qwen3_rerankers_template_is_the_one_of_its_authors() -> None:
+    source = (ROOT / "pipeline/templates/qwen3-reranker.jinja").read_text()
+    model = World(pair_template=source).worker._models.get(0)
+    for kwargs, instruction in ((b"", "Given a web search query, retrieve relevant passages that answer the query"),
+                                (b'{"instruction": "Find jokes"}', "Find jokes")):
+        front, back = render_pair(model, kwargs, "What is\nthis?", " A text. ")
+        assert "".join(text for text, _ in (*front, *back)) == (
+            "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+            'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+            f"<Instruct>: {instruction}\n<Query>: What is\nthis?\n<Document>:  A text. <|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n\n</think>\n\n")

@@ -59,7 +59,9 @@ class Schemas:
         if names and draw.random() < 0.8:
             made["required"] = draw.sample(names, draw.randrange(1, len(names) + 1))
         choice = draw.random()
-        if choice < 0.7:
+        if choice < 0.1:
+            made["propertyNames"] = {"enum": [*names, "other"]}
+        elif choice < 0.7:
             made["additionalProperties"] = False
         elif choice < 0.8:
             made["additionalProperties"] = {"type": "boolean"}
@@ -70,6 +72,8 @@ class Schemas:
 
     def _array(self, depth: int) -> Any:
         draw, low = self._random, self._random.randrange(3)
+        if draw.random() < 0.1:
+            return {"type": "array", "items": {"enum": ["a", "b", 3, True]}, "uniqueItems": True, "minItems": low}
         if draw.random() < 0.3:
             items = [self.schema(depth) for _ in range(draw.randrange(1, 4))]
             return {"type": "array", "prefixItems": items, "items": False, "minItems": len(items)}

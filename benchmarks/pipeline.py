@@ -1,9 +1,10 @@
 """What the pipeline costs without a model: streamed tokens per CPU second of each process, over HTTP and over ZeroMQ.
 
 The null engine answers at once, so frontend, tokenizer and detokenizer are what is measured. CPU time is read from
-/proc, so that the load generator, which shares the cores, does not count.
+/proc, so that the load generator, which shares the cores, does not count. What a process carries on a core of its own is
+what each further one of its kind adds.
 
-    python -m benchmarks.pipeline --streams 64 --tokens 256
+    python -m benchmarks.pipeline --streams 64 --tokens 256 --frontends 1,2
 """
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def report(name: str, tokens: int, wall: float, before: dict[str, float], after:
     text = sum(used[stage] for stage in used if stage != "engine")
     parts = ", ".join(f"{stage} {1e6 * seconds / tokens:.1f}" for stage, seconds in used.items())
     print(f"{name}: {tokens} tokens in {wall:.1f} s; microseconds of CPU per token: {parts}; the three text processes "
-          f"carry {tokens / text:,.0f} tokens per second of one core", flush=True)
+          f"carry {tokens / text:,.0f} tokens per second of one core; on a core of its own each frontend carries "
+          f"{tokens / used['frontend']:,.0f}, each detokenizer {tokens / used['detokenizer']:,.0f}", flush=True)
 
 
 def main() -> None:
@@ -72,13 +74,19 @@ def main() -> None:
     made.add_argument("--streams", type=int, default=64)
     made.add_argument("--tokens", type=int, default=256)
     made.add_argument("--rounds", type=int, default=4)
-    made.add_argument("--frontends", type=int, default=1)
+    made.add_argument("--frontends", default="1", help="how many frontend processes: a row for each number, 1,2 for instance")
     made.add_argument("--step", type=float, default=0.0, help="least seconds of a step: 0.01 is a fast model's pace")
     args = made.parse_args()
+    for frontends in map(int, args.frontends.split(",")):
+        measure(args, frontends)
+
+
+def measure(args: argparse.Namespace, frontends: int) -> None:
+    """One server with so many frontends: the rows of its HTTP and of its ZeroMQ side."""
     with tempfile.TemporaryDirectory(prefix="qb-") as root:
-        port, endpoint = free_port(), f"ipc://{root}/door"
+        port, endpoint, title = free_port(), f"ipc://{root}/door", f"{frontends} frontend{'s' * (frontends > 1)}"
         command = [sys.executable, "-m", "pipeline", "serve", "--null-engine", "count", "--served-model-name", "null",
-                   "--port", str(port), "--frontends", str(args.frontends), "--zmq-endpoint", endpoint, "--max-num-seqs",
+                   "--port", str(port), "--frontends", str(frontends), "--zmq-endpoint", endpoint, "--max-num-seqs",
                    str(args.streams), "--null-step", str(args.step), "--num-kv-blocks", "20000"]
         with server(command, port, {"XDG_RUNTIME_DIR": root}, 60):
             before, start = cpu_seconds(root), time.perf_counter()
@@ -86,10 +94,10 @@ def main() -> None:
                             "--streams", str(args.streams), "--rounds", str(args.rounds), "--tokens", str(args.tokens),
                             "--words", "50"], check=True)
             tokens = args.streams * args.rounds * args.tokens + args.tokens
-            report("HTTP", tokens, time.perf_counter() - start, before, cpu_seconds(root))
+            report(f"{title}, HTTP", tokens, time.perf_counter() - start, before, cpu_seconds(root))
             before, start = cpu_seconds(root), time.perf_counter()
-            tokens = asyncio.run(over_zmq(endpoint, args.frontends, args.streams, args.tokens, args.rounds))
-            report("ZeroMQ", tokens, time.perf_counter() - start, before, cpu_seconds(root))
+            tokens = asyncio.run(over_zmq(endpoint, frontends, args.streams, args.tokens, args.rounds))
+            report(f"{title}, ZeroMQ", tokens, time.perf_counter() - start, before, cpu_seconds(root))
 
 
 if __name__ == "__main__":

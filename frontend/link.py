@@ -1,7 +1,7 @@
 """The frontend's sockets in its asyncio loop: the inbox, the beacons, the outboxes' queues, and the table's clock.
 
 The inbox's file descriptor is edge-triggered: it is drained to the end, in slices that let the loop turn, and looked at
-every 50 ms besides. Beacons are read then and only then, as each would wake the loop. Nothing here waits or blocks. Run
+ten times a second besides. Beacons are read then and only then, as each would wake the loop. Nothing here waits or blocks. Run
 by the frontend.
 """
 from __future__ import annotations
@@ -15,14 +15,14 @@ import zmq
 from frontend.metrics import FrontendMetrics
 from frontend.stages import Stages
 from frontend.table import RequestTable
-from pipeline import codec
+from pipeline import codec, sockets
 from pipeline.beacon import BeaconWatcher
 from pipeline.messages import Admitted, Kind, Load
 from pipeline.schema import BadFrame
 from pipeline.stage import Context
 
 SLICE = 128                      # messages between two turns of the loop
-POLL_S = 0.05
+POLL_S = 0.1
 log = logging.getLogger(__name__)
 
 
@@ -66,10 +66,9 @@ class Link:
         self._soon = False
         messages = []
         for _ in range(SLICE):
-            try:
-                frames = self._inbox.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not sockets.readable(self._inbox):
                 break
+            frames = self._inbox.recv_multipart(zmq.NOBLOCK)
             try:
                 messages.append(codec.decode(frames))
             except BadFrame:

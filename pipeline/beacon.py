@@ -83,12 +83,17 @@ class BeaconPublisher:
                 if now >= next_metrics:
                     next_metrics = now + METRICS_PERIOD_S
                     metrics = Metrics(self._kind, self._index, self._epoch, snapshot(self._registry))
-                    socket.send_multipart([METRICS_TOPIC, *codec.encode(metrics)], zmq.NOBLOCK)
+                    topic = METRICS_TOPIC + _name(self._kind, self._index)
+                    socket.send_multipart([topic, *codec.encode(metrics)], zmq.NOBLOCK)
                 slow = self.status.state == State.READY and self._kind is not Kind.ENGINE
                 changed = self._wake.wait(max(fast_s, slow_s) if slow else fast_s)
                 self._wake.clear()
         finally:
             socket.close(linger=0)
+
+
+def _name(kind: Kind, index: int) -> bytes:
+    return b"%d.%d" % (kind, index)
 
 
 @dataclass(slots=True)
@@ -112,37 +117,48 @@ class BeaconWatcher:
         if metrics:
             self.socket.setsockopt(zmq.SUBSCRIBE, METRICS_TOPIC)
         self.latest: dict[tuple[Kind, int], Heard] = {}
-        self.metrics: dict[tuple[Kind, int], list[MetricFamily]] = {}
         self.bad_frames = 0
         self._members = frozenset(members)
+        self._metrics = {METRICS_TOPIC + _name(*member): list[bytes]() for member in members}
+
+    @property
+    def metrics(self) -> dict[tuple[Kind, int], list[MetricFamily]]:
+        """The newest metrics of each stage that sent any: read when somebody asks, which is seldom."""
+        found = {}
+        for frames in filter(None, self._metrics.values()):
+            try:
+                message = codec.decode(frames)
+                key = (Kind(message.kind), message.index)
+                if key in self._members and isinstance(message, Metrics):
+                    found[key] = message.families
+            except (BadFrame, AttributeError, ValueError):
+                self.bad_frames += 1
+        return found
 
     def drain(self, limit: int = 256) -> list[Beacon]:
         """Read what has arrived; the beacons among it that show a new epoch (the first sight of a stage included)."""
         changed = []
         for _ in range(limit):
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not sockets.readable(self.socket):
                 break
+            topic, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            if topic in self._metrics:
+                self._metrics[topic] = frames
+                continue
             try:
-                message = codec.decode(frames[1:])
+                message = codec.decode(frames)
                 key = (Kind(message.kind), message.index)
-                if key not in self._members:
-                    raise BadFrame("not a member")
+                if key not in self._members or not isinstance(message, Beacon) or message.protocol != PROTOCOL:
+                    raise BadFrame("not a member's")
             except (BadFrame, AttributeError, ValueError):
                 self.bad_frames += 1
                 continue
-            if isinstance(message, Metrics):
-                self.metrics[key] = message.families
-            elif isinstance(message, Beacon) and message.protocol == PROTOCOL:
-                known = self.latest.get(key)
-                if known is not None and message.epoch < known.beacon.epoch:
-                    continue                                  # the last words of a predecessor
-                if known is None or message.epoch > known.beacon.epoch:
-                    changed.append(message)
-                self.latest[key] = Heard(message, time.monotonic_ns())
-            else:
-                self.bad_frames += 1
+            known = self.latest.get(key)
+            if known is not None and message.epoch < known.beacon.epoch:
+                continue                                      # the last words of a predecessor
+            if known is None or message.epoch > known.beacon.epoch:
+                changed.append(message)
+            self.latest[key] = Heard(message, time.monotonic_ns())
         return changed
 
     def epoch(self, kind: Kind, index: int) -> int | None:

@@ -62,3 +62,8 @@ def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str]) -> zmq
     for endpoint in endpoints:
         socket.connect(endpoint)
     return socket
+
+
+def readable(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message can be read now. Cheaper than the exception of a read that finds none."""
+    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)

@@ -240,7 +240,7 @@ class Stage:
             except BadFrame:                              # also: a good message that this stage never receives
                 self._context.bad_frames.labels(socket=name).inc()
                 continue
-            if name == "in" and not logic.accepting():
+            if (name == "in" and not logic.accepting()) or not sockets.readable(inbox):
                 return
 
     def _terminate(self, *_: object) -> None:

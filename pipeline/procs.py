@@ -38,6 +38,8 @@ class Child:
         if nice:                                 # at once, as the threads that it is going to make inherit it
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, self.pid, min(19, os.nice(0) + nice))
+            with contextlib.suppress(OSError):       # where the kernel shares out by session, this is what counts
+                Path(f"/proc/{self.pid}/autogroup").write_text(f"{nice}\n")
         self.stdout = self._popen.stdout
         try:
             self.pidfd = os.pidfd_open(self.pid)

@@ -198,7 +198,8 @@ async def test_a_second_signal_means_now() -> None:
         client = await RawClient.post(server, "/v1/completions", {"prompt": "hang"})  # type: ignore[arg-type]
         await until(lambda: server.pipeline.submits)
         server.process.send_signal(signal.SIGTERM)
-        await until(lambda: "draining" in (server.directory / "logs/frontend.0.log").read_text())
+        written = server.directory / "logs/frontend.0.log"           # by a thread of its own, with the first record
+        await until(lambda: written.exists() and "draining" in written.read_text())
         server.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(server.process.wait(), 3) == 0
         client.reset()

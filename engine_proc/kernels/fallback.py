@@ -117,8 +117,8 @@ class TorchKernels(Kernels):
             return
         columns = slice(heads.start * head_dim, heads.stop * head_dim)
         starts = torch.tensor([0, q.shape[0]], dtype=torch.int32)
-        q, k, v = (t[:, columns] for t in (q, k, v))
-        out[:, columns] = reference.packed_attention(q, k, v, starts, head_dim, scale=scale)
+        out[:, columns] = reference.packed_attention(
+            q[:, columns], k[:, columns], v[:, columns], starts, head_dim, scale=scale)
 
     def set_spin(self, microseconds: float) -> None:
         """Torch's threads have a policy of their own."""

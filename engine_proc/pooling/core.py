@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from engine_proc.admission import Tombstones
 from engine_proc.pooling.admission import PoolLimits, check
-from engine_proc.pooling.outputs import PoolOutputs
 from engine_proc.pooling.plan import PoolBatch, PoolResult, PoolRunner
 from engine_proc.pooling.request import PoolRequest
 from engine_proc.pooling.scheduler import PoolScheduler
 from engine_proc.pooling.stats import PoolStats
+from engine_proc.request_core import RequestCore
 from pipeline.config import ServerConfig
 from pipeline.errors import CATALOGUE, QuartetError
-from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
-from pipeline.messages import Abort, Kind, Load, PoolAdd, PoolAdds, unpack_rids
+from pipeline.ids import frontend_index
+from pipeline.messages import Abort, Load, PoolAdd, PoolAdds
 from pipeline.schema import BadFrame
 from pipeline.transport import Sender
 
@@ -34,28 +33,19 @@ MAX_WAITING_BYTES = 256 * 2**20  # of inputs; more is left in the socket
 log = logging.getLogger(__name__)
 
 
-class PoolingCore:
+class PoolingCore(RequestCore[PoolRequest]):
     """One engine process around one pooling runner. `clock` gives monotonic nanoseconds."""
 
     def __init__(self, config: ServerConfig, index: int, epoch: int, runner: PoolRunner, sender: Sender,
                  clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
         model = config.models[config.engines()[index]]
-        self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
+        super().__init__(config, index, epoch, sender, clock)
+        self.runner = runner
         self.scheduler = PoolScheduler(model.engine, runner.padded)
         self.limits = PoolLimits.of(runner, model.max_model_len, model.engine.max_waiting, model.max_embed_len)
-        self.outputs = PoolOutputs(index, epoch, sender)
-        self.requests: dict[int, PoolRequest] = {}           # rid -> request that has not ended
         self._in_flight: deque[tuple[PoolBatch, object, int]] = deque()      # with the time of its launch
         self.stats = PoolStats(registry or CollectorRegistry(), model.names[0], index,
                                lambda: self.num_running, lambda: self.scheduler.num_waiting)
-        self._over = Tombstones(65_536)                      # submissions that ended: what comes of them is dropped
-        self._frontends: dict[int, int] = {}                 # newest epoch known
-        self._num_frontends = config.frontends
-        self._census_ns = int(config.timeouts.census_s * 1e9)
-        self._next_census_ns = clock() + self._census_ns
-        self._next_deadline_ns: int | None = None            # of the requests held; may be that of one that ended
-        self._retry_ns: int | None = None                    # nothing could be planned: try again then
-        self._arrival = 0
         self._failed_inputs = 0
 
     @property
@@ -70,78 +60,36 @@ class PoolingCore:
             for add in message.items:
                 self._add(add)
         elif isinstance(message, Abort):
-            try:
-                rids = unpack_rids(message.rids)
-            except ValueError:
-                raise BadFrame("an abort of ragged ids") from None
-            for rid in rids:
-                self._abort(rid)
+            self._abort(message)
         else:
             raise BadFrame(f"{type(message).__name__} is not for a pooling engine")
 
     def _add(self, add: PoolAdd) -> None:
-        rid, now = add.rid, self._clock()
-        if ((add.route.engine, add.route.engine_epoch) != (self.index, self.epoch) or child(rid)
-                or frontend_index(rid) >= self._num_frontends):
-            return self.stats.drop("misrouted")              # meant for our predecessor
-        if self._orphaned(rid):
-            return self.stats.drop("frontend_gone")
-        if self._over.holds(rid, now):
-            return self.stats.drop("aborted")                # or failed: the rest of a request that ended
+        rid = add.rid
+        if not self._is_ours(rid, add.route):
+            return
         request = self.requests.get(rid)
         try:
             check(add, self.limits, 0 if request is not None else len(self.requests))
         except QuartetError as error:
-            self.stats.refused.inc()
-            if request is None:
-                self._over.add(rid, now)
-                self.outputs.fail(rid, error)
-            else:
-                self._fail(request, error)
-            return None
+            self._refuse(rid, error)
+            return
         if request is None:
-            request = self.requests[rid] = PoolRequest.of(add, self._arrival, now)
-            self._arrival += 1
-            if add.deadline_ns:
-                self._next_deadline_ns = min(add.deadline_ns, self._next_deadline_ns or add.deadline_ns)
+            request = PoolRequest.of(add, self._arrival, self._clock())
+            self._keep(request)
         for given in add.inputs:
             if not request.add(given):
                 self.stats.drop("duplicate")
         self.scheduler.add(request)
         if request.done:                                     # a slice without inputs
             self._end(request, "stop")
-        return None
-
-    def _abort(self, rid: int) -> None:
-        request = self.requests.get(family(rid))
-        if request is None:
-            self._over.add(family(rid), self._clock())       # it may have overtaken its slices
-            self.stats.drop("unknown_abort")
-        else:
-            self._end(request, "abort")
-            self.outputs.forget(request.rid)
-
-    def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
-        if kind is not Kind.FRONTEND or epoch <= self._frontends.get(index, 0):
-            return
-        self._frontends[index] = epoch
-        self._retry_ns = None
-        self.outputs.peer_restarted(kind, index)
-        for request in [r for r in self.requests.values() if self._orphaned(r.rid)]:
-            self._end(request, "abort")
-
-    def _orphaned(self, rid: int) -> bool:
-        """Whether the frontend process that made `rid` is gone. A newer one than we know of is not."""
-        known = self._frontends.get(frontend_index(rid))
-        return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
         """Plan and launch a batch, or collect the oldest; then tell everyone."""
         now = self._clock()
-        if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
-            self._expire(now)
+        self._expire(now)
         batch = self.scheduler.plan(now, self._held())
         if batch is not None:
             self._launch(batch, now)
@@ -151,9 +99,7 @@ class PoolingCore:
             moved = True
         now = self._clock()
         self._retry_ns = None if batch is not None or moved else now + RETRY_NS
-        if now >= self._next_census_ns:
-            self._census(now)
-        self.outputs.flush(now)
+        self._tell(now)
 
     def _held(self) -> list[int]:
         """Requests of frontends that do not take what they have got."""
@@ -226,11 +172,6 @@ class PoolingCore:
             else:
                 self._fail(request, QuartetError("internal_error", "The engine could not compute this request."))
 
-    def _fail(self, request: PoolRequest, error: QuartetError) -> None:
-        self._end(request, "error")
-        self.outputs.forget(request.rid)
-        self.outputs.fail(request.rid, error)
-
     def _end(self, request: PoolRequest, reason: str) -> None:
         """Forget a request. One that ended well and did not tell its total may have slices yet to come."""
         now = self._clock()
@@ -241,20 +182,6 @@ class PoolingCore:
             self._over.add(request.rid, now)
         self.stats.finished(request, reason, now)
 
-    def _expire(self, now: int) -> None:
-        for request in list(self.requests.values()):
-            if request.deadline_ns and request.deadline_ns <= now:
-                self._fail(request, QuartetError("timeout", "The request did not end within its time limit."))
-        self._next_deadline_ns = min((r.deadline_ns for r in self.requests.values() if r.deadline_ns), default=None)
-
-    def _census(self, now: int) -> None:
-        self._next_census_ns = now + self._census_ns
-        held: list[list[int]] = [[] for _ in range(self._num_frontends)]
-        for rid in self.requests:
-            held[frontend_index(rid)].append(rid)
-        for frontend, rids in enumerate(held):
-            self.outputs.census(frontend, rids)
-
     # ---- for the stage -------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
@@ -264,14 +191,7 @@ class PoolingCore:
         return 4 * self.scheduler.waiting_tokens < MAX_WAITING_BYTES
 
     def next_timer_ns(self) -> int | None:
-        timers = [self._next_census_ns]
-        if self._next_deadline_ns is not None:
-            timers.append(self._next_deadline_ns)
-        if self._retry_ns is not None and self.scheduler.requests:
-            timers.append(self._retry_ns)
-        if self.outputs.retry_ns is not None:
-            timers.append(self.outputs.retry_ns)
-        return min(timers)
+        return self._next_timer_ns(waits=bool(self.scheduler.requests))
 
     def load(self) -> Load:
         return Load(running=self.num_running, waiting=self.scheduler.num_waiting,

@@ -13,10 +13,9 @@ from typing import Any, Protocol, cast
 
 from prometheus_client import CollectorRegistry
 
-from engine_proc.admission import Tombstones
 from engine_proc.blocks import BlockPool
 from engine_proc.plan import Runner, StepPlan
-from engine_proc.pooling.outputs import PoolOutputs
+from engine_proc.request_core import RequestCore
 from engine_proc.scheduler import Scheduler
 from engine_proc.speech.admission import SpeechLimits, check
 from engine_proc.speech.align import Alignment
@@ -28,8 +27,7 @@ from engine_proc.speech.vocabulary import Vocabulary
 from engine_proc.speech.words import onset
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
-from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
-from pipeline.messages import Abort, Finish, Kind, Load, SpeechAdd, Transcribed, unpack_ids, unpack_rids
+from pipeline.messages import Abort, Finish, Load, SpeechAdd, Transcribed, unpack_ids
 from pipeline.schema import BadFrame
 from pipeline.transport import Sender
 
@@ -55,13 +53,14 @@ class WindowRunner(Runner, Protocol):
     def align(self, window: Window, prompt: list[int], text: list[int], seconds: float) -> Alignment: ...
 
 
-class SpeechCore:
+class SpeechCore(RequestCore[SpeechRequest]):
     """One engine process around one speech runner. `clock` gives monotonic nanoseconds."""
 
     def __init__(self, config: ServerConfig, index: int, epoch: int, runner: WindowRunner, sender: Sender,
                  clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
         model = config.models[config.engines()[index]]
-        self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
+        super().__init__(config, index, epoch, sender, clock)
+        self.runner = runner
         self.vocabulary = runner.vocabulary
         pool = BlockPool(runner.num_blocks, runner.block_size, caching=False)    # a prefix depends on what was heard
         self.scheduler = Scheduler(model.engine, pool, self._start, runner.release)
@@ -69,20 +68,10 @@ class SpeechCore:
         self.limits = SpeechLimits(vocabulary=runner.vocabulary, vocab_size=runner.vocab_size,
                                    mels=int(runner.facts.get("mels", 0)), max_waiting=model.engine.max_waiting)
         self.ladder = Ladder(runner.vocabulary)
-        self.outputs = PoolOutputs(index, epoch, sender)
         self.stats = SpeechStats(registry or CollectorRegistry(), model.names[0], index, self.scheduler,
                                  runner.vocabulary.max_length)
-        self.requests: dict[int, SpeechRequest] = {}
         self.waiting: list[Window] = []                      # not encoded, in `order`
-        self._over = Tombstones(65_536)                      # submissions that ended: what comes of them is dropped
-        self._frontends: dict[int, int] = {}                 # newest epoch known
-        self._num_frontends = config.frontends
-        self._census_ns = int(config.timeouts.census_s * 1e9)
-        self._next_census_ns = clock() + self._census_ns
-        self._next_deadline_ns: int | None = None
-        self._retry_ns: int | None = None
         self._debt_ns = 0.0                                  # time owed to decoding
-        self._arrival = 0
         self._failed = 0
 
     # ---- messages ------------------------------------------------------------------------------------------------
@@ -92,40 +81,26 @@ class SpeechCore:
         if isinstance(message, SpeechAdd):
             self._add(message)
         elif isinstance(message, Abort):
-            try:
-                rids = unpack_rids(message.rids)
-            except ValueError:
-                raise BadFrame("an abort of ragged ids") from None
-            for rid in rids:
-                self._abort(rid)
+            self._abort(message)
         else:
             raise BadFrame(f"{type(message).__name__} is not for a speech engine")
 
     def _add(self, add: SpeechAdd) -> None:
-        rid, now = add.rid, self._clock()
-        if ((add.route.engine, add.route.engine_epoch) != (self.index, self.epoch) or child(rid)
-                or frontend_index(rid) >= self._num_frontends):
-            return self.stats.drop("misrouted")              # meant for our predecessor
-        if self._orphaned(rid):
-            return self.stats.drop("frontend_gone")
-        if self._over.holds(rid, now):
-            return self.stats.drop("aborted")                # or failed: the rest of a request that ended
-        request = self.requests.get(rid)
+        if not self._is_ours(add.rid, add.route):
+            return
+        request = self.requests.get(add.rid)
         try:
             check(add, self.limits, 0 if request is not None else len(self.requests))
         except QuartetError as error:
-            self.stats.refused.inc()
-            if request is None:
-                self._over.add(rid, now)
-                self.outputs.fail(rid, error)
-            else:
-                self._fail(request, error)
-            return None
+            self._refuse(add.rid, error)
+            return
         if request is None:
-            request = self.requests[rid] = self._request(add, now)
+            request = self._request(add)
+            self._keep(request)
         given = add.window
         if given.index in request.seen:
-            return self.stats.drop("duplicate")
+            self.stats.drop("duplicate")
+            return
         request.seen.add(given.index)
         if given.last:
             request.total = given.index + 1
@@ -134,49 +109,21 @@ class SpeechCore:
             window.onset_s = onset(given.features, given.seconds)
         given.features = given.features[:0]
         insort(self.waiting, window, key=_order)
-        return None
 
-    def _request(self, add: SpeechAdd, now: int) -> SpeechRequest:
+    def _request(self, add: SpeechAdd) -> SpeechRequest:
         params, vocabulary = add.params, self.vocabulary
-        self._arrival += 1
-        if add.deadline_ns:
-            self._next_deadline_ns = min(add.deadline_ns, self._next_deadline_ns or add.deadline_ns)
         previous = vocabulary.encode(params.hotwords) + vocabulary.encode(params.prompt)
         return SpeechRequest(
             rid=add.rid, route=add.route, params=params, deadline_ns=add.deadline_ns, priority=add.priority,
-            alone=add.alone, arrival=self._arrival, arrived_ns=now, previous=previous,
+            alone=add.alone, arrival=self._arrival, arrived_ns=self._clock(), previous=previous,
             language=params.language if vocabulary.multilingual else None, seen=set(unpack_ids(add.done)))
-
-    def _abort(self, rid: int) -> None:
-        request = self.requests.get(family(rid))
-        if request is None:
-            self._over.add(family(rid), self._clock())       # it may have overtaken its windows
-            self.stats.drop("unknown_abort")
-        else:
-            self._end(request)
-            self.outputs.forget(request.rid)
-
-    def peer_restarted(self, kind: Kind, index: int, epoch: int) -> None:
-        if kind is not Kind.FRONTEND or epoch <= self._frontends.get(index, 0):
-            return
-        self._frontends[index] = epoch
-        self._retry_ns = None
-        self.outputs.peer_restarted(kind, index)
-        for request in [r for r in self.requests.values() if self._orphaned(r.rid)]:
-            self._end(request)
-
-    def _orphaned(self, rid: int) -> bool:
-        """Whether the frontend process that made `rid` is gone. A newer one than we know of is not."""
-        known = self._frontends.get(frontend_index(rid))
-        return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def turn(self) -> None:
         """Encode windows or not, compute a step or not, then tell everyone."""
         now = self._clock()
-        if self._next_deadline_ns is not None and now >= self._next_deadline_ns:
-            self._expire(now)
+        self._expire(now)
         for seq in self.scheduler.reap():
             self._left(cast(Take, seq))
         windows = self._next_windows()
@@ -189,9 +136,7 @@ class SpeechCore:
             self._debt_ns = 0.0
         now = self._clock()
         self._retry_ns = None if plan is not None or windows else now + RETRY_NS
-        if now >= self._next_census_ns:
-            self._census(now)
-        self.outputs.flush(now)
+        self._tell(now)
 
     def _next_windows(self) -> list[Window]:
         """The windows to encode now: the first ones whose language is known or that are to tell it."""
@@ -302,7 +247,7 @@ class SpeechCore:
             assert take.error is not None
             self._fail(request, take.error)
         elif take.finish is Finish.ABORT:
-            self._end(request)
+            self._end(request, "abort")
         elif take.detect:
             request.language = self.vocabulary.language_of(take.tokens[-1])
             self._try(window, self.ladder.attempt(window))
@@ -338,14 +283,9 @@ class SpeechCore:
             self.index, self.epoch, request.rid, given.index, given.last, given.start_s, given.seconds,
             request.language or "", window.tokens, found))
         if request.done:
-            self._end(request)
+            self._end(request, "stop")
 
-    def _fail(self, request: SpeechRequest, error: QuartetError) -> None:
-        self._end(request)
-        self.outputs.forget(request.rid)
-        self.outputs.fail(request.rid, error)
-
-    def _end(self, request: SpeechRequest) -> None:
+    def _end(self, request: SpeechRequest, reason: str) -> None:
         """Forget a request. Slots of windows that a sequence still reads go back when that has left."""
         request.ended = True
         del self.requests[request.rid]
@@ -358,20 +298,6 @@ class SpeechCore:
                 self.runner.let_go(window)
         request.windows.clear()
 
-    def _expire(self, now: int) -> None:
-        for request in list(self.requests.values()):
-            if request.deadline_ns and request.deadline_ns <= now:
-                self._fail(request, QuartetError("timeout", "The request did not end within its time limit."))
-        self._next_deadline_ns = min((r.deadline_ns for r in self.requests.values() if r.deadline_ns), default=None)
-
-    def _census(self, now: int) -> None:
-        self._next_census_ns = now + self._census_ns
-        held: list[list[int]] = [[] for _ in range(self._num_frontends)]
-        for rid in self.requests:
-            held[frontend_index(rid)].append(rid)
-        for frontend, rids in enumerate(held):
-            self.outputs.census(frontend, rids)
-
     # ---- for the stage -------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
@@ -383,14 +309,7 @@ class SpeechCore:
         return len(self.waiting) < MAX_HELD
 
     def next_timer_ns(self) -> int | None:
-        timers = [self._next_census_ns]
-        if self._next_deadline_ns is not None:
-            timers.append(self._next_deadline_ns)
-        if self._retry_ns is not None and (self.scheduler.running or self.scheduler.waiting or self.waiting):
-            timers.append(self._retry_ns)
-        if self.outputs.retry_ns is not None:
-            timers.append(self.outputs.retry_ns)
-        return min(timers)
+        return self._next_timer_ns(waits=bool(self.scheduler.running or self.scheduler.waiting or self.waiting))
 
     def load(self) -> Load:
         scheduler = self.scheduler

@@ -16,7 +16,7 @@ from frontend.metrics import FrontendMetrics
 from frontend.stages import Stages
 from frontend.table import RequestTable
 from pipeline import codec, sockets
-from pipeline.beacon import BeaconWatcher
+from pipeline.beacon import SEES_ALL, BeaconWatcher
 from pipeline.messages import Admitted, Kind, Load
 from pipeline.schema import BadFrame
 from pipeline.stage import Context
@@ -96,6 +96,10 @@ class Link:
         for beacon in changed:
             self._table.stage_restarted(Kind(beacon.kind), beacon.index, beacon.epoch)
         self._table.beacons_changed()
+        status = self._context.status
+        if not status.facts_json and self._stages.all_ready():
+            status.facts_json = SEES_ALL
+            self._context.publisher.announce()
 
     def _bad_frame(self) -> None:
         self._context.bad_frames.labels(socket="in").inc()

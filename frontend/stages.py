@@ -59,6 +59,11 @@ class Stages:
         """Silent for so long that the launcher must have given it up."""
         return self.silent_s(kind, index) > self._config.timeouts.hang_s + GONE_MARGIN_S
 
+    def all_ready(self) -> bool:
+        """Whether every stage is ready, but for engines of models that were given up."""
+        return all(self.ready(kind, index) or kind is Kind.ENGINE and self._engine_model[index] in self._failed_models
+                   for kind, index in self._config.members() if kind is not Kind.FRONTEND)
+
     # ---- one model ----
 
     @property

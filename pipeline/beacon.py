@@ -27,6 +27,7 @@ from pipeline.transport import Status
 BEACON_TOPIC, METRICS_TOPIC = b"b", b"m"
 SLOW_TOPIC = BEACON_TOPIC + b"s"  # changes, all while a stage is not ready, and one a second
 SLOW_PERIOD_S = METRICS_PERIOD_S = 1.0
+SEES_ALL = b'{"sees_all":true}'  # a frontend's facts from when it has heard that all the others are ready
 FRESH_S = 3.0                     # a stage whose newest beacon is older than this is not counted as ready
 
 

@@ -17,7 +17,7 @@ import zmq
 from prometheus_client import CollectorRegistry, Counter
 
 from pipeline import banner, sockets
-from pipeline.beacon import BeaconPublisher, BeaconWatcher
+from pipeline.beacon import SEES_ALL, BeaconPublisher, BeaconWatcher
 from pipeline.config import POOLING_TASKS, ServerConfig, save
 from pipeline.errors import StartError
 from pipeline.exits import CONFIG, CRASH_LOOP, MEMORY, MODEL_LOAD, OK
@@ -229,7 +229,10 @@ class Launcher:
                 self._terminal.line(text)
 
     def _all_ready(self) -> bool:
-        return all(life.ready_ns is not None for life in self._lives.values() if not life.failed)
+        """Every stage, and the frontends know it: a request that comes now is answered."""
+        latest = self._watcher.latest
+        return all(life.ready_ns is not None for life in self._lives.values() if not life.failed) and all(
+            latest[member].beacon.facts_json == SEES_ALL for member in self._lives if member[0] is Kind.FRONTEND)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

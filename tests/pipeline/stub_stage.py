@@ -12,6 +12,7 @@ import sys
 import time
 
 from pipeline import stage
+from pipeline.beacon import SEES_ALL
 from pipeline.errors import StartError
 from pipeline.messages import Kind
 
@@ -39,7 +40,7 @@ def main() -> int:
         context.close()
         return int(script["exit"])
     context.progress("loading weights", 10)
-    context.ready(json.dumps({"dtype": "float32", "device": "cpu"}).encode())
+    context.ready(SEES_ALL if kind is Kind.FRONTEND else json.dumps({"dtype": "float32", "device": "cpu"}).encode())
     if mode == "hang":
         context.publisher.turned(True)
         while True:

@@ -194,7 +194,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", TEMPLATE_NAMES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_conversation_in_each_of_our_templates(tmp_path: Path, name: str) -> None:
     assert rendered(tmp_path, name, *TALK) == EXPECTED[name]
     assert rendered(tmp_path, name, *TALK[1:3], add_generation_prompt=False) in EXPECTED[name].replace(
@@ -202,7 +202,8 @@ def test_a_conversation_in_each_of_our_templates(tmp_path: Path, name: str) -> N
 
 
 def test_the_set_is_complete_and_packaged() -> None:
-    assert sorted(p.stem for p in OURS.glob("*.jinja")) == sorted(TEMPLATE_NAMES) == sorted(EXPECTED)
+    assert sorted(p.stem for p in OURS.glob("*.jinja")) == sorted(TEMPLATE_NAMES)
+    assert {*TEMPLATE_NAMES} - EXPECTED.keys() == {"qwen3-reranker"}         # of pairs, not of conversations: see test_pool
 
 
 def test_our_chatml_shows_tools_calls_and_results(tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ def text_of(request: Request) -> dict[int, str]:
     return texts
 
 
+def test_all_are_ready_but_for_engines_that_were_given_up() -> None:
+    w = World()
+    assert w.stages.all_ready()
+    w.beacon(Kind.ENGINE, 0, state=State.STARTING)
+    assert not w.stages.all_ready()
+    w.beacon(Kind.LAUNCHER, 0, facts_json=b'{"failed_models": [0]}')
+    assert w.stages.all_ready()
+    del w.latest[Kind.TOKENIZER, 0]
+    assert not w.stages.all_ready()
+
+
 def test_request_is_submitted_with_route_epochs_and_fresh_ids() -> None:
     w = World()
     w.beacon(Kind.ENGINE, 0, epoch=5)

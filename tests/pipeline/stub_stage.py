@@ -1,7 +1,8 @@
 """A stage that does nothing, for the launcher's tests: beacons, readiness, and a scripted way to fail.
 
 STUB in the environment is JSON: {"engine.0": {"exit": 3, "say": "...", "epochs": 1, "mode": "hang"}}. `epochs`: only
-the first so many runs misbehave. Ends are noted in the file STUB_ORDER.
+the first so many runs misbehave. Ends are noted in the file STUB_ORDER. A frontend in mode "unaware" has not heard that
+the others are ready until it gets a SIGHUP.
 """
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from pipeline.beacon import SEES_ALL
 from pipeline.errors import StartError
 from pipeline.messages import Kind
 
+FACTS = json.dumps({"dtype": "float32", "device": "cpu"}).encode()
+
 
 def main() -> int:
     kind = Kind[sys.argv.pop(1)]
@@ -24,8 +27,14 @@ def main() -> int:
     if context.epoch > script.get("epochs", 10**9):
         script = {}
     signal.signal(signal.SIGTERM, lambda *_: end(context.name, script))
-    signal.signal(signal.SIGHUP, lambda *_: note(f"{context.name} hangup"))
     mode = script.get("mode", "")
+
+    def hangup(*_: object) -> None:
+        note(f"{context.name} hangup")
+        if mode == "unaware":
+            context.ready(SEES_ALL)
+
+    signal.signal(signal.SIGHUP, hangup)
     if kind is Kind.FRONTEND:
         assert os.fstat(int(context.extra["listen-fd"])), "the listening socket is open"
     if mode == "load":
@@ -40,7 +49,10 @@ def main() -> int:
         context.close()
         return int(script["exit"])
     context.progress("loading weights", 10)
-    context.ready(SEES_ALL if kind is Kind.FRONTEND else json.dumps({"dtype": "float32", "device": "cpu"}).encode())
+    if mode == "unaware":
+        context.ready()
+    else:
+        context.ready(SEES_ALL if kind is Kind.FRONTEND else FACTS)
     if mode == "hang":
         context.publisher.turned(True)
         while True:

@@ -16,7 +16,7 @@ import pytest
 from pipeline import sockets
 from pipeline.beacon import BeaconWatcher
 from pipeline.config import load
-from pipeline.messages import Kind
+from pipeline.messages import Kind, State
 from tests.serving import ROOT, processes_of
 from tests.waiting import until
 
@@ -105,6 +105,27 @@ def test_it_starts_every_stage_says_so_and_stops_them_in_order(start) -> None:
     assert order == ["frontend", "frontend", "tokenizer", "engine", "detokenizer"]
     assert len(run.text.splitlines()) <= 20
     assert "serves stub (float32, cpu)" in run.text
+
+
+def test_it_is_ready_when_its_frontends_know_that_the_others_are(start) -> None:
+    run = start({"frontend.0": {"mode": "unaware"}})
+    context = sockets.context()
+    config = load(run.run_dir / "config.json")
+    watcher = BeaconWatcher(context, config, [*config.members(), (Kind.LAUNCHER, 0)])
+    latest = watcher.latest
+
+    def turned() -> bool:
+        """Every stage is ready, and has been for a while: the frontend's loop has turned twenty times."""
+        watcher.drain()
+        return all(m in latest and latest[m].beacon.state == State.READY for m in config.members()) and (
+            latest[Kind.FRONTEND, 0].beacon.tick >= 20 and (Kind.LAUNCHER, 0) in latest)
+
+    until(turned, 20, "every stage ready")
+    assert latest[Kind.LAUNCHER, 0].beacon.state == State.STARTING and "Ready in" not in run.text
+    watcher.close()
+    context.destroy(linger=0)
+    os.kill(run.stages()["frontend.0"][0], signal.SIGHUP)
+    assert run.ready().stop() == 0
 
 
 def test_a_stage_that_dies_is_started_again_with_the_next_epoch(start) -> None:

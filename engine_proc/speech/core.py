@@ -56,6 +56,8 @@ class WindowRunner(Runner, Protocol):
 class SpeechCore(RequestCore[SpeechRequest]):
     """One engine process around one speech runner. `clock` gives monotonic nanoseconds."""
 
+    stats: SpeechStats
+
     def __init__(self, config: ServerConfig, index: int, epoch: int, runner: WindowRunner, sender: Sender,
                  clock: Callable[[], int], registry: CollectorRegistry | None = None) -> None:
         model = config.models[config.engines()[index]]

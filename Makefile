@@ -26,7 +26,7 @@ serve-all: $(STAMP) .models/all-minilm-l6-v2/config.json
 models: .models/all-minilm-l6-v2/config.json
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

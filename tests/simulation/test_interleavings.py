@@ -19,7 +19,7 @@ from pipeline.config import EngineConfig, ModelConfig, ServerConfig
 from pipeline.messages import Finish, Kind
 from tests.simulation.world import Caller, World
 
-WORLDS = int(os.environ.get("INTERLEAVINGS", "10000"))      # each with 2 to 6 requests out of one pool
+WORLDS = int(os.environ.get("INTERLEAVINGS", "4000"))      # each with 2 to 6 requests out of one pool
 POOL = 150
 VOCAB = 300
 

@@ -81,9 +81,12 @@ class _Stream:
         self._begun.add(update.index)
         return first
 
-    def _middle(self, update: Update) -> bool:
-        """Whether an update is text and nothing else."""
-        return self._bare and not update.finish and update.logprobs is None and update.index in self._begun
+    def _middle(self, update: Update) -> str | None:
+        """The chunk of an update that is text and nothing else, "" where there is no text; None of any other update."""
+        if (not self._bare or update.finish or update.spans or update.logprobs is not None
+                or update.index not in self._begun):
+            return None
+        return f'{self._open[update.index]}{quote(update.text)}{self._close}' if update.text else ""
 
     def _shows(self, update: Update) -> bool:
         """Whether an update without text is worth a chunk."""
@@ -103,9 +106,9 @@ class ChatStream(_Stream):
     def events(self, updates: Sequence[Update]) -> bytes:
         parts: list[str] = []
         for update in updates:
-            if self._middle(update) and not update.spans:
-                if update.text:
-                    parts.append(f'{self._open[update.index]}{quote(update.text)}{self._close}')
+            middle = self._middle(update)
+            if middle is not None:
+                parts.append(middle)
                 continue
             choice = self._request.choices[update.index]
             if self._first(update):
@@ -167,9 +170,9 @@ class CompletionStream(_Stream):
     def events(self, updates: Sequence[Update]) -> bytes:
         parts = []
         for update in updates:
-            if self._middle(update):
-                if update.text:
-                    parts.append(f'{self._open[update.index]}{quote(update.text)}{self._close}')
+            middle = self._middle(update)
+            if middle is not None:
+                parts.append(middle)
                 continue
             choice, first = self._request.choices[update.index], self._first(update)
             self._completion_tokens[update.index] = update.completion_tokens

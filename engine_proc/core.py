@@ -17,6 +17,8 @@ from prometheus_client import CollectorRegistry
 
 from engine_proc.admission import Limits, Tombstones, check, sequences
 from engine_proc.blocks import BlockPool
+from engine_proc.failures import failure_of
+from engine_proc.frontends import aborted, by_frontend
 from engine_proc.grammars import Grammars, load_vocabulary
 from engine_proc.outputs import Outputs
 from engine_proc.plan import ItemResult, Runner, StepPlan
@@ -26,8 +28,8 @@ from engine_proc.searches import Searches
 from engine_proc.stats import Stats
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
-from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
-from pipeline.messages import Abort, Add, Adds, Finish, Kind, Load, StopHit, unpack_rids
+from pipeline.ids import child, family, frontend_index, outlived
+from pipeline.messages import Abort, Add, Adds, Finish, Kind, Load, StopHit
 from pipeline.schema import BadFrame
 from pipeline.transport import Sender
 
@@ -85,11 +87,7 @@ class EngineCore:
             for add in message.items:
                 self._add(add)
         elif isinstance(message, Abort):
-            try:
-                rids = unpack_rids(message.rids)
-            except ValueError:
-                raise BadFrame("an abort of ragged ids") from None
-            for rid in rids:
+            for rid in aborted(message):
                 self._abort(rid)
         elif isinstance(message, StopHit):
             seq = self.sequences.get(message.rid)
@@ -183,9 +181,9 @@ class EngineCore:
                        if seq.route.detok == index and seq.route.detok_epoch < epoch)
 
     def _orphaned(self, rid: int) -> bool:
-        """Whether the frontend process that made `rid` is gone. A newer one than we know of is not."""
+        """Whether the frontend process that made `rid` is gone."""
         known = self._peers.get((Kind.FRONTEND, frontend_index(rid)))
-        return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
+        return known is not None and outlived(rid, known)
 
     def _mark(self, seqs: Iterable[Sequence], how: Finish = Finish.ABORT, error: QuartetError | None = None) -> None:
         for seq in seqs:
@@ -287,13 +285,11 @@ class EngineCore:
         log.error("step %d failed with %d sequences", plan.number, len(held), exc_info=error)
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise error
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            failure = QuartetError("out_of_memory", "The server ran out of memory under this request.")
+        failure = failure_of(error)
+        if failure.code == "out_of_memory":
             for seq in held[:-1]:
                 self.scheduler.preempt(seq)
             held = held[-1:]
-        else:
-            failure = QuartetError("internal_error", "The engine could not compute this request.")
         for seq in held:
             self.scheduler.mark(seq, Finish.ERROR, failure)
 
@@ -327,10 +323,7 @@ class EngineCore:
 
     def _census(self, now: int) -> None:
         self._next_census_ns = now + self._census_ns
-        held: list[list[int]] = [[] for _ in range(self._num_frontends)]
-        for rid in self.sequences:
-            held[frontend_index(rid)].append(rid)
-        for frontend, rids in enumerate(held):
+        for frontend, rids in enumerate(by_frontend(self.sequences, self._num_frontends)):
             self.outputs.census(frontend, rids)
 
     # ---- for the stage -------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from typing import Generic, Protocol, TypeVar
 from prometheus_client import Counter
 
 from engine_proc.admission import Tombstones
+from engine_proc.frontends import aborted, by_frontend
 from engine_proc.pooling.outputs import PoolOutputs
 from pipeline.config import ServerConfig
 from pipeline.errors import QuartetError
-from pipeline.ids import child, family, frontend_epoch, frontend_index, short_epoch
-from pipeline.messages import Abort, Kind, Route, unpack_rids
-from pipeline.schema import BadFrame
+from pipeline.ids import child, family, frontend_index, outlived
+from pipeline.messages import Abort, Kind, Route
 from pipeline.transport import Sender
 
 
@@ -93,11 +93,7 @@ class RequestCore(Generic[R]):
             self._next_deadline_ns = min(request.deadline_ns, self._next_deadline_ns or request.deadline_ns)
 
     def _abort(self, message: Abort) -> None:
-        try:
-            rids = unpack_rids(message.rids)
-        except ValueError:
-            raise BadFrame("an abort of ragged ids") from None
-        for rid in map(family, rids):
+        for rid in map(family, aborted(message)):
             request = self.requests.get(rid)
             if request is None:
                 self._over.add(rid, self._clock())           # it may have overtaken its work
@@ -116,9 +112,9 @@ class RequestCore(Generic[R]):
             self._end(request, "abort")
 
     def _orphaned(self, rid: int) -> bool:
-        """Whether the frontend process that made `rid` is gone. A newer one than we know of is not."""
+        """Whether the frontend process that made `rid` is gone."""
         known = self._frontends.get(frontend_index(rid))
-        return known is not None and 0 < short_epoch(known - frontend_epoch(rid)) < 2048
+        return known is not None and outlived(rid, known)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -140,10 +136,7 @@ class RequestCore(Generic[R]):
         """A census where one is due, and what waits for frontends."""
         if now >= self._next_census_ns:
             self._next_census_ns = now + self._census_ns
-            held: list[list[int]] = [[] for _ in range(self._num_frontends)]
-            for rid in self.requests:
-                held[frontend_index(rid)].append(rid)
-            for frontend, rids in enumerate(held):
+            for frontend, rids in enumerate(by_frontend(self.requests, self._num_frontends)):
                 self.outputs.census(frontend, rids)
         self.outputs.flush(now)
 

@@ -10,10 +10,11 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from engine_proc.blocks import BlockPool
+from engine_proc.failures import item_error
 from engine_proc.plan import ItemResult, PlanItem, StepPlan
 from engine_proc.request import Sequence
 from pipeline.config import EngineConfig
-from pipeline.errors import CATALOGUE, QuartetError
+from pipeline.errors import QuartetError
 from pipeline.messages import Finish
 
 LOOK_AHEAD = 64               # waiting sequences passed over for one that may start
@@ -24,14 +25,6 @@ Hook = Callable[[Sequence], None]
 def order(seq: Sequence) -> tuple[int, int]:
     """Who goes first; the newest of the lowest priority is pre-empted first."""
     return seq.priority, seq.arrival
-
-
-def item_error(code: str) -> QuartetError:
-    if code == "numerical_error":
-        return QuartetError(code, "The model gave no valid probabilities for this request.")
-    if code == "no_token_left":
-        return QuartetError(code, "What the request forbids leaves no token that could follow.")
-    return QuartetError(code if code in CATALOGUE else "internal_error", "The engine could not compute this request.")
 
 
 class Scheduler:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from engine_proc.beams import BeamSearch
+from engine_proc.failures import item_error
 from engine_proc.plan import ItemResult
 from engine_proc.request import Sequence
 from engine_proc.scheduler import Scheduler
@@ -40,8 +41,7 @@ class Searches:
             return []
         if seq.finish is not Finish.LENGTH:
             for choice in search.choices:
-                choice.finish, choice.error = Finish.ERROR, seq.error or QuartetError(
-                    "internal_error", "The engine could not compute this request.")
+                choice.finish, choice.error = Finish.ERROR, seq.error or item_error("internal_error")
             done: list[Done] = [(choice, None) for choice in search.choices]
             self._close(search)
             return done

@@ -35,6 +35,14 @@ def short_epoch(epoch: int) -> int:
     return epoch & _EPOCH_MASK
 
 
+def outlived(rid: int, epoch: int) -> bool:
+    """Whether `epoch`, the newest known of its frontend, is that of a successor of the process that made `rid`.
+
+    A newer process than we know of is not dead: epochs count in a circle, and what is less than half of it away is ahead.
+    """
+    return 0 < short_epoch(epoch - frontend_epoch(rid)) < 1 << (EPOCH_BITS - 1)
+
+
 class RidMaker:
     """Makes the family ids of one frontend process; `next()` never repeats within an epoch."""
 

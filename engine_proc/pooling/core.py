@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from engine_proc.failures import failure_of
 from engine_proc.pooling.admission import PoolLimits, check
 from engine_proc.pooling.plan import PoolBatch, PoolResult, PoolRunner
 from engine_proc.pooling.request import PoolRequest
@@ -169,10 +170,8 @@ class PoolingCore(RequestCore[PoolRequest]):
                 item.failed = True
                 request.put(item)
                 self.scheduler.add(request)
-            elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-                self._fail(request, QuartetError("out_of_memory", "The server ran out of memory under this request."))
             else:
-                self._fail(request, QuartetError("internal_error", "The engine could not compute this request."))
+                self._fail(request, failure_of(error))
 
     def _end(self, request: PoolRequest, reason: str) -> None:
         """Forget a request. One that ended well and did not tell its total may have slices yet to come."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 from prometheus_client import CollectorRegistry
 
 from engine_proc.blocks import BlockPool
+from engine_proc.failures import failure_of
 from engine_proc.plan import Runner, StepPlan
 from engine_proc.request_core import RequestCore
 from engine_proc.scheduler import Scheduler
@@ -182,7 +183,7 @@ class SpeechCore(RequestCore[SpeechRequest]):
                 return
             log.error("a window could not be encoded", exc_info=error)
             self._count_failure(error)
-            self._fail(windows[0].request, _failure(error))
+            self._fail(windows[0].request, failure_of(error))
             return
         self._failed = 0
         taken = self._clock() - started
@@ -214,7 +215,7 @@ class SpeechCore(RequestCore[SpeechRequest]):
             log.error("step %d failed with %d windows", plan.number, len(plan.items), exc_info=error)
             self.stats.step_errors.inc()
             for seq in self.scheduler.abandon(plan):
-                self.scheduler.mark(seq, Finish.ERROR, _failure(error))
+                self.scheduler.mark(seq, Finish.ERROR, failure_of(error))
             self._count_failure(error)
             return
         self._failed = 0
@@ -276,7 +277,7 @@ class SpeechCore(RequestCore[SpeechRequest]):
             found = [] if best is None else segments(window, best, self.vocabulary, alignment)
         except Exception as error:
             log.error("a window's words could not be aligned", exc_info=error)
-            self._fail(request, _failure(error))
+            self._fail(request, failure_of(error))
             return
         self.runner.let_go(window)
         window.take = None
@@ -331,9 +332,3 @@ class SpeechCore(RequestCore[SpeechRequest]):
 
 def _order(window: Window) -> tuple[int, int, int]:
     return window.order
-
-
-def _failure(error: Exception) -> QuartetError:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return QuartetError("out_of_memory", "The server ran out of memory under this request.")
-    return QuartetError("internal_error", "The engine could not compute this request.")

@@ -18,7 +18,7 @@ from engine_proc import checkpoint, kernels
 from engine_proc.checkpoint import refuse
 from engine_proc.device import available_cores, choose
 from engine_proc.kernels import WeightType
-from engine_proc.loader import DTYPES, Progress, choose_ops
+from engine_proc.loader import DTYPES, Progress, choose_ops, enough_memory
 from engine_proc.pooling import classifiers, encoder_arch
 from engine_proc.pooling.body import Body, Packed
 from engine_proc.pooling.decoder_body import HEAD_NAMES, DecoderBody, token_rows
@@ -29,7 +29,7 @@ from engine_proc.rope import Unfit
 from engine_proc.weights import Weights
 from pipeline.config import ModelConfig
 from pipeline.errors import StartError
-from pipeline.exits import CONFIG, MEMORY
+from pipeline.exits import CONFIG
 from pipeline.pooling_files import Dense, PoolingFiles, describe, token_id
 
 SPIN_US = 50.0                 # how long a thread of the kernels spins for work: about the pause between two of them
@@ -72,10 +72,8 @@ def load_pool_runner(model: ModelConfig, progress: Progress) -> ModelPoolRunner:
                      _dtype(model, weights.native()), threads, progress)
     weights.dtype = source.dtype
     progress("loading weights", 0)
-    try:
+    with enough_memory(directory):
         body, head, facts = _build(source)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise StartError(MEMORY, f"There is not enough memory to load {directory}.") from None
     weights.close()
     matryoshka = files.matryoshka
     runner = ModelPoolRunner(body, head, matryoshka, facts | {

@@ -20,6 +20,7 @@ from engine_proc.checkpoint import refuse
 from engine_proc.device import Device, available_cores, choose
 from engine_proc.kernels import Kernels
 from engine_proc.layers import Ops, TorchOps
+from engine_proc.loader import Progress, enough_memory
 from engine_proc.plan import PlanItem, StepPlan
 from engine_proc.speech import products
 from engine_proc.speech.caches import CrossCache, SelfCache
@@ -35,7 +36,6 @@ from pipeline.exits import CONFIG, MEMORY
 from pipeline.messages import Route
 from pipeline.params import DetokSpec, SamplingParams, SpeechParams
 
-Progress = Callable[[str, int], None]
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHE_BYTES = 4 * 2**30
@@ -54,14 +54,12 @@ def load_speech(model: ModelConfig, progress: Progress) -> SpeechRunner:
         raise StartError(CONFIG, f"Speech models run in float32 or bfloat16 here, not in {name}.")
     device = choose(engine.device)
     progress("loading weights", 0)
-    try:
+    with enough_memory(directory):
         if config["model_type"] != "whisper":
             from engine_proc.speech.hf_net import load_hf_speech
             runner = load_hf_speech(model, config, DTYPES[name], device)
         else:
             runner = _whisper(model, config, DTYPES[name], device, progress)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise StartError(MEMORY, f"There is not enough memory to load {directory}.") from None
     progress("self-test", 95)
     self_test(runner, directory)
     progress("ready", 100)

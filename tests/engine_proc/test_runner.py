@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine_proc.attention import AttentionBatch, AttentionSpec, PagedAttention
 from engine_proc.device import available_cores, available_memory
-from engine_proc.loader import block_bytes, count_blocks, load_runner
+from engine_proc.loader import block_bytes, count_blocks, enough_memory, load_runner
 from engine_proc.plan import PlanItem, StepPlan
 from pipeline.config import EngineConfig, ModelConfig
 from pipeline.errors import StartError
@@ -172,6 +172,15 @@ def test_the_kv_cache_takes_a_quarter_of_the_memory_and_4_gib_at_most() -> None:
     assert count_blocks(engine, 65536, per_block, 6 * GIB) == 4097     # one sequence of full length, and block 0
     assert count_blocks(EngineConfig(kv_cache_bytes=GIB), 2048, per_block, 2 * GIB) == 1024
     assert count_blocks(EngineConfig(num_kv_blocks=7), 2048, per_block, 0) == 7
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("device"), RuntimeError("[enforce fail] can't allocate")])
+def test_memory_that_ran_out_while_loading_is_said_with_its_exit_code(error: Exception) -> None:
+    with pytest.raises(StartError, match="not enough memory to load m") as caught, enough_memory(Path("m")):
+        raise error
+    assert caught.value.exit_code == MEMORY
+    with pytest.raises(RuntimeError, match="other"), enough_memory(Path("m")):
+        raise RuntimeError("other")
 
 
 @pytest.mark.parametrize("engine, available", [

@@ -5,6 +5,7 @@ A request that ends is forgotten at once, and what still comes of it is dropped.
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -38,7 +39,7 @@ class Drops(Protocol):
 R = TypeVar("R", bound=Held)
 
 
-class RequestCore(Generic[R]):
+class RequestCore(ABC, Generic[R]):
     """The requests of one engine process. `clock` gives monotonic nanoseconds."""
 
     stats: Drops
@@ -56,9 +57,9 @@ class RequestCore(Generic[R]):
         self._retry_ns: int | None = None                    # nothing could be planned: try again then
         self._arrival = 0
 
+    @abstractmethod
     def _end(self, request: R, reason: str) -> None:
         """Forget a request; `reason` is for statistics."""
-        raise NotImplementedError
 
     # ---- messages ------------------------------------------------------------------------------------------------
 

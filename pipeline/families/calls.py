@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import ClassVar
@@ -28,7 +29,7 @@ def is_name(name: str) -> bool:
     return 0 < len(name) <= MAX_NAME and all(char.isalnum() or char in NAME_MARKS for char in name)
 
 
-class Machine:
+class Machine(ABC):
     """A coroutine `run` over a reader: text is pushed in, parts are written."""
 
     def __init__(self, parts: Parts) -> None:
@@ -36,9 +37,9 @@ class Machine:
         self._steps = self.run()
         next(self._steps)
 
+    @abstractmethod
     def run(self) -> Steps[None]:
         """Read to the end of the text."""
-        raise NotImplementedError
 
     def push(self, text: str) -> None:
         if text:
@@ -55,10 +56,7 @@ class Machine:
 
 
 class CallParser(Machine):
-    """Subclasses give `markers` and read what follows one of them in `section`."""
-
-    markers: ClassVar[tuple[str, ...]] = ()
-    closers: ClassVar[tuple[str, ...]] = ()  # what ends a section whose call went wrong
+    """Content and calls. Subclasses read a message."""
 
     def __init__(self, parts: Parts, signatures: Signatures, max_calls: int = 0) -> None:
         """`max_calls`: nothing is read beyond so many calls; 0: no limit."""
@@ -68,51 +66,13 @@ class CallParser(Machine):
         self.done = False
         super().__init__(parts)
 
-    # ---- the loop ------------------------------------------------------------------------------------------------
-
     def run(self) -> Steps[None]:
         with suppress(Enough):
             yield from self.message()
 
+    @abstractmethod
     def message(self) -> Steps[None]:
         """Read the whole message."""
-        held = (yield from self.whole_message()) if self.signatures else ""
-        while True:
-            marker, space = yield from self.reader.until_space(self.markers, self.content, held)
-            if not marker:
-                self.content("" if self.parts.num_calls else space)
-                return
-            held = ""
-            self.reader.mark(space + marker)
-            try:
-                yield from self.section(marker)
-            except Malformed:
-                yield from self.recover()
-            self.reader.forget()
-
-    def section(self, marker: str) -> Steps[None]:
-        """Read what follows a marker. Malformed where it does not fit."""
-        raise NotImplementedError
-
-    def recover(self) -> Steps[None]:
-        """After Malformed: what follows belongs to the call that was begun, or what was read is content."""
-        if self.in_call:
-            if (yield from self.reader.until(self.closers, self.arguments)):
-                self.close()
-        else:
-            self.content(self.reader.give_back())
-
-    def optional(self, word: str) -> Steps[None]:
-        """Read `word` where it follows, perhaps after white space. What turns out not to be it is content."""
-        self.reader.mark()
-        try:
-            yield from self.reader.skip()
-            yield from self.reader.expect(word)
-        except Malformed:
-            self.content(self.reader.give_back().lstrip(SPACE))
-        self.reader.forget()
-
-    # ---- a call --------------------------------------------------------------------------------------------------
 
     def content(self, text: str) -> None:
         if not self.done:
@@ -147,6 +107,50 @@ class CallParser(Machine):
             raise Malformed
         return name
 
+
+class MarkedParser(CallParser):
+    """Calls behind markers: subclasses give these and read what follows one in `section`."""
+
+    markers: ClassVar[tuple[str, ...]] = ()
+    closers: ClassVar[tuple[str, ...]] = ()  # what ends a section whose call went wrong
+
+    def message(self) -> Steps[None]:
+        held = (yield from self.whole_message()) if self.signatures else ""
+        while True:
+            marker, space = yield from self.reader.until_space(self.markers, self.content, held)
+            if not marker:
+                self.content("" if self.parts.num_calls else space)
+                return
+            held = ""
+            self.reader.mark(space + marker)
+            try:
+                yield from self.section(marker)
+            except Malformed:
+                yield from self.recover()
+            self.reader.forget()
+
+    @abstractmethod
+    def section(self, marker: str) -> Steps[None]:
+        """Read what follows a marker. Malformed where it does not fit."""
+
+    def recover(self) -> Steps[None]:
+        """After Malformed: what follows belongs to the call that was begun, or what was read is content."""
+        if self.in_call:
+            if (yield from self.reader.until(self.closers, self.arguments)):
+                self.close()
+        else:
+            self.content(self.reader.give_back())
+
+    def optional(self, word: str) -> Steps[None]:
+        """Read `word` where it follows, perhaps after white space. What turns out not to be it is content."""
+        self.reader.mark()
+        try:
+            yield from self.reader.skip()
+            yield from self.reader.expect(word)
+        except Malformed:
+            self.content(self.reader.give_back().lstrip(SPACE))
+        self.reader.forget()
+
     def json_call(self, known: bool = False) -> Steps[None]:
         """One call as a JSON object. `known`: of a tool of the request."""
         call = JsonCall(self, known, False)
@@ -179,7 +183,7 @@ class CallParser(Machine):
         return ""
 
 
-class BuildingParser(CallParser):
+class BuildingParser(MarkedParser):
     """For families whose arguments are no JSON: the parser builds it, a parameter at a time."""
 
     def begin(self, name: str) -> None:

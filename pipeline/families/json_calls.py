@@ -6,11 +6,11 @@ model without a format of its own is made to write. Run by the detokenizer.
 from __future__ import annotations
 
 from pipeline.families import json_text
-from pipeline.families.calls import MAX_NAME, CallParser
+from pipeline.families.calls import MAX_NAME, MarkedParser
 from pipeline.families.reader import SPACE, Malformed, Steps
 
 
-class Hermes(CallParser):
+class Hermes(MarkedParser):
     """``<tool_call>`` object ``</tool_call>``, repeated."""
 
     markers = ("<tool_call>",)
@@ -24,7 +24,7 @@ class Hermes(CallParser):
         yield from self.optional(self.closers[0])
 
 
-class ListParser(CallParser):
+class ListParser(MarkedParser):
     """A marker and a JSON list of calls, or a single call."""
 
     def section(self, marker: str) -> Steps[None]:
@@ -95,7 +95,7 @@ class Mistral(ListParser):
         self.close()
 
 
-class Llama3(CallParser):
+class Llama3(MarkedParser):
     """Objects with a name and parameters, separated by ``;``, behind ``<|python_tag|>`` or as the whole message."""
 
     markers = ("<|python_tag|>",)

@@ -5,11 +5,11 @@ Run by the detokenizer, which shows their tokens to the parser whether or not sp
 from __future__ import annotations
 
 from pipeline.families import json_text
-from pipeline.families.calls import MAX_NAME, CallParser
+from pipeline.families.calls import MAX_NAME, MarkedParser
 from pipeline.families.reader import SPACE, Malformed, Steps
 
 
-class DeepSeekV31(CallParser):
+class DeepSeekV31(MarkedParser):
     """``<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>``, repeated between begin and end of the calls."""
 
     markers = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.families.calls import MarkedParser
 from pipeline.families.table import FAMILIES, GENERIC, family_of, marker_tokens, reasoning_of, tool_parser
 
 # The lines of well-known templates that tell their family.
@@ -36,9 +37,12 @@ def test_every_family_is_found_by_a_template() -> None:
     assert {family for family, _, _ in LINES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES])
-def test_no_marker_is_the_beginning_of_another(name: str) -> None:
-    for markers in (FAMILIES[name].parser.markers, FAMILIES[name].parser.closers):
+MARKED = {family.parser for family in FAMILIES.values() if issubclass(family.parser, MarkedParser)}
+
+
+@pytest.mark.parametrize("parser", MARKED, ids=lambda parser: parser.__name__)
+def test_no_marker_is_the_beginning_of_another(parser: type[MarkedParser]) -> None:
+    for markers in (parser.markers, parser.closers):
         assert not any(a != b and b.startswith(a) for a in markers for b in markers)
 
 

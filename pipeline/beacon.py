@@ -11,7 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import zmq
 from prometheus_client import CollectorRegistry
@@ -29,6 +31,7 @@ SLOW_TOPIC = BEACON_TOPIC + b"s"  # changes, all while a stage is not ready, and
 SLOW_PERIOD_S = METRICS_PERIOD_S = 1.0
 SEES_ALL = b'{"sees_all":true}'  # a frontend's facts from when it has heard that all the others are ready
 FRESH_S = 3.0                     # a stage whose newest beacon is older than this is not counted as ready
+M = TypeVar("M", Beacon, Metrics)
 
 
 class BeaconPublisher:
@@ -127,13 +130,9 @@ class BeaconWatcher:
         """The newest metrics of each stage that sent any: read when somebody asks, which is seldom."""
         found = {}
         for frames in filter(None, self._metrics.values()):
-            try:
-                message = codec.decode(frames)
-                key = (Kind(message.kind), message.index)
-                if key in self._members and isinstance(message, Metrics):
-                    found[key] = message.families
-            except (BadFrame, AttributeError, ValueError):
-                self.bad_frames += 1
+            message = self._decode(frames, Metrics)
+            if message is not None:
+                found[Kind(message.kind), message.index] = message.families
         return found
 
     def drain(self, limit: int = 256) -> list[Beacon]:
@@ -146,14 +145,13 @@ class BeaconWatcher:
             if topic in self._metrics:
                 self._metrics[topic] = frames
                 continue
-            try:
-                message = codec.decode(frames)
-                key = (Kind(message.kind), message.index)
-                if key not in self._members or not isinstance(message, Beacon) or message.protocol != PROTOCOL:
-                    raise BadFrame("not a member's")
-            except (BadFrame, AttributeError, ValueError):
+            message = self._decode(frames, Beacon)
+            if message is None:
+                continue
+            if message.protocol != PROTOCOL:
                 self.bad_frames += 1
                 continue
+            key = (Kind(message.kind), message.index)
             known = self.latest.get(key)
             if known is not None and message.epoch < known.beacon.epoch:
                 continue                                      # the last words of a predecessor
@@ -161,6 +159,15 @@ class BeaconWatcher:
                 changed.append(message)
             self.latest[key] = Heard(message, time.monotonic_ns())
         return changed
+
+    def _decode(self, frames: list[bytes], kind: type[M]) -> M | None:
+        """The message in `frames` if it is of this kind and a member's."""
+        with suppress(BadFrame):
+            message = codec.decode(frames)
+            if isinstance(message, kind) and (message.kind, message.index) in self._members:
+                return message
+        self.bad_frames += 1
+        return None
 
     def epoch(self, kind: Kind, index: int) -> int | None:
         heard = self.latest.get((kind, index))

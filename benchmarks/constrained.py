@@ -13,12 +13,10 @@ from statistics import median
 
 from tokenizers import Tokenizer
 
-from benchmarks.step import Discard
+from benchmarks.step import load
 from engine_proc.core import EngineCore
-from engine_proc.loader import load_runner
 from pipeline import grammars
-from pipeline.checkpoint import describe
-from pipeline.config import EngineConfig, ModelConfig, ServerConfig
+from pipeline.config import EngineConfig
 from pipeline.messages import Add, Adds, Route, pack_ids
 from pipeline.params import DetokSpec, Grammar, SamplingParams
 from tokenizer_proc.grammar import compiled
@@ -59,12 +57,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=40)
     made.add_argument("--rounds", type=int, default=8)
     args = made.parse_args()
-    facts = describe(Path(args.model), Path(args.model), None)
-    model = ModelConfig(
-        names=("m",), path=args.model, max_model_len=min(2048, facts.max_model_len), vocab_size=facts.vocab_size,
-        eos_ids=facts.eos_ids, engine=EngineConfig(kv_cache_bytes=2**30))
-    runner = load_runner(model, lambda phase, percent: None)
-    core = EngineCore(ServerConfig(run_dir="/", log_dir="/", models=(model,)), 0, 1, runner, Discard(), time.monotonic_ns)
+    core = load(args.model, EngineConfig(kv_cache_bytes=2**30))
     core.grammars.prepare()
     tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
     grammar = compiled(grammars.json_schema(SCHEMA), tokenizer, [1])

@@ -58,6 +58,17 @@ class Stopwatch:
         return timed
 
 
+def load(path: str, engine: EngineConfig) -> EngineCore:
+    """The engine of a prepared model, with nobody to hear it."""
+    facts = describe(Path(path), Path(path), None)
+    model = ModelConfig(names=("m",), path=path, max_model_len=min(2048, facts.max_model_len),
+                        vocab_size=facts.vocab_size, eos_ids=facts.eos_ids, engine=engine)
+    start = time.perf_counter()
+    runner = load_runner(model, lambda phase, percent: None)
+    print(f"loaded in {time.perf_counter() - start:.2f} s: {runner.facts}")
+    return EngineCore(ServerConfig(run_dir="/", log_dir="/", models=(model,)), 0, 1, runner, Discard(), time.monotonic_ns)
+
+
 def watch_greedy(runner: Any, watch: Stopwatch) -> None:
     """The parts of steps that do without the model's ordinary calls."""
     bind = runner.model.bind
@@ -114,14 +125,9 @@ def main() -> None:
     made.add_argument("--quantization")
     made.add_argument("--torch", action="store_true", help="without our kernels")
     args = made.parse_args()
-    facts = describe(Path(args.model), Path(args.model), None)
-    engine = EngineConfig(dtype=args.dtype, quantization=args.quantization, kernels=not args.torch, kv_cache_bytes=2**30)
-    model = ModelConfig(names=("m",), path=args.model, max_model_len=min(2048, facts.max_model_len),
-                        vocab_size=facts.vocab_size, engine=engine)
-    start = time.perf_counter()
-    runner = load_runner(model, lambda phase, percent: None)
-    print(f"loaded in {time.perf_counter() - start:.2f} s: {runner.facts}")
-    core = EngineCore(ServerConfig(run_dir="/", log_dir="/", models=(model,)), 0, 1, runner, Discard(), time.monotonic_ns)
+    core = load(args.model, EngineConfig(dtype=args.dtype, quantization=args.quantization, kernels=not args.torch,
+                                         kv_cache_bytes=2**30))
+    runner: Any = core.runner
     watch = Stopwatch()
     watch.watch(core.scheduler, "plan", "schedule")
     watch.watch(core.scheduler, "collect", "collect")

@@ -174,7 +174,7 @@ def test_the_kv_cache_takes_a_quarter_of_the_memory_and_4_gib_at_most() -> None:
     assert count_blocks(EngineConfig(num_kv_blocks=7), 2048, per_block, 0) == 7
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("device"), RuntimeError("[enforce fail] can't allocate")])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("device"), RuntimeError("can't allocate")])
 def test_memory_that_ran_out_while_loading_is_said_with_its_exit_code(error: Exception) -> None:
     with pytest.raises(StartError, match="not enough memory to load m") as caught, enough_memory(Path("m")):
         raise error

@@ -75,8 +75,7 @@ def watch_greedy(runner: Any, watch: Stopwatch) -> None:
 
     def timed(batch: Batch) -> Calls:
         calls = bind(batch)
-        return replace(calls, layers=watch.timed(calls.layers, "layers"), head=watch.timed(calls.head, "head"),
-                       argmax=watch.timed(calls.argmax, "sample"))
+        return replace(calls, layers=watch.timed(calls.layers, "layers"), head=watch.timed(calls.head, "head"))
     runner.model.bind = timed
     runner.greedy._calls.clear()                # what the self-test bound
     watch.watch(runner.greedy, "prepare", "prepare")

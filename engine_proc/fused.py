@@ -17,7 +17,8 @@ from engine_proc.decoder import Decoder, ModelBatch
 from engine_proc.decoder import DecoderLayer as Layer
 from engine_proc.greedy import Batch, Calls
 from engine_proc.kernels import DecoderLayer, DecoderModel, Kernels, PackedLinear, StepInput, WeightType
-from engine_proc.kernels.native import NativeKernels, NativeLinear
+from engine_proc.kernels.native import NativeKernels
+from engine_proc.kernels.native_best import BestToken
 from engine_proc.kernels.native_decoder import NativeDecoder
 from engine_proc.layers import Linear, Norm, TorchOps
 
@@ -32,6 +33,13 @@ class Packed(Linear):
     packed: PackedLinear | None = None
 
 
+@dataclass(slots=True)
+class PackedHead(Packed):
+    """The vocabulary's matrix, and the search for the best token in it where the kernels have one."""
+
+    best: BestToken | None = None
+
+
 class KernelOps(TorchOps):
     """Packs for the kernels. `quantization`: None keeps the weights' type, "int8" quantises them."""
 
@@ -42,6 +50,11 @@ class KernelOps(TorchOps):
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return Packed(weight.new_empty(0), None, self.kernels.linear(weight, bias, dtype=self._quantization))
+
+    def pack_head(self, weight: torch.Tensor) -> Linear:
+        packed = self.kernels.linear(weight, None, dtype=self._quantization)
+        best = self.kernels.best_token(packed, weight) if isinstance(self.kernels, NativeKernels) else None
+        return PackedHead(weight.new_empty(0), None, packed, best)
 
     def pack_gated(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Linear:
         assert activation in ACTIVATIONS
@@ -74,7 +87,8 @@ class FusedDecoder:
         arch = net.arch
         self.hidden_size = arch.hidden
         self.vocab_size, self._arch, self._cache, self._head = net.vocab_size, arch, cache, _packed(net.head)
-        self.binds = arch.logit_divisor == 1.0 and arch.logit_softcap is None
+        self._best = net.head.best if isinstance(net.head, PackedHead) else None
+        self.binds = self._best is not None and arch.logit_divisor == 1.0 and arch.logit_softcap is None
         specs, self._kernels = net.layers[0].spec, net.ops.kernels
         self._decoder = self._kernels.decoder(DecoderModel(
             layers=tuple(_layer(layer, cache.k[i], cache.v[i]) for i, layer in enumerate(net.layers)),
@@ -117,16 +131,15 @@ class FusedDecoder:
 
     def bind(self, batch: Batch) -> Calls:
         """The same as forward, logits and argmax, for a batch whose arrays stay. Only for a model that `binds`."""
-        assert isinstance(self._decoder, NativeDecoder) and isinstance(self._head, NativeLinear)
-        assert isinstance(self._kernels, NativeKernels)
+        assert isinstance(self._decoder, NativeDecoder) and self._best is not None
         count, tensor = len(batch.ids), torch.from_numpy
-        rows, hidden, logits = torch.arange(count + 1, dtype=torch.int32), tensor(batch.hidden), tensor(batch.logits)
+        rows, hidden = torch.arange(count + 1, dtype=torch.int32), tensor(batch.hidden)
         step = StepInput(
             ids=tensor(batch.ids), positions=tensor(batch.positions), slots=tensor(batch.slots),
             block_tables=tensor(batch.tables), query_starts=rows, context_lens=tensor(batch.context_lens),
             out_rows=rows[:count])
-        return Calls(batch, self._decoder.bind(step, hidden), self._head.bind(hidden, logits),
-                     self._kernels.bind_argmax(logits, tensor(batch.tokens), tensor(batch.nan)))
+        return Calls(batch, self._decoder.bind(step, hidden),
+                     self._best.bind(hidden, tensor(batch.tokens), tensor(batch.best)))
 
     def take_times(self) -> dict[str, float]:
         """Seconds by kind of operation since the last call, where it is measured."""

@@ -18,8 +18,6 @@ from engine_proc.plan import ItemResult, PlanItem, StepPlan
 from engine_proc.request import Sequence
 from engine_proc.slots import Slots
 
-MAX_LOGITS_BYTES = 64 * 2**20           # of the buffer that is kept; a larger batch takes the ordinary path
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -31,17 +29,16 @@ class Batch:
     context_lens: np.ndarray            # [R]
     tables: np.ndarray                  # [R, max_blocks]
     hidden: np.ndarray                  # float32 [R, hidden]
-    logits: np.ndarray                  # float32 [R, vocab]
     tokens: np.ndarray                  # int32 [R]: the best
-    nan: np.ndarray                     # bool [R]: the row of logits holds a NaN
+    best: np.ndarray                    # float32 [R]: its logit; NaN where the row holds one
 
     @classmethod
-    def room(cls, rows: int, blocks: int, hidden: int, vocab: int) -> Batch:
+    def room(cls, rows: int, blocks: int, hidden: int) -> Batch:
         """Arrays for up to so many rows."""
         ids, positions, slots, context_lens, tokens = (np.zeros(rows, np.int32) for _ in range(5))
         return cls(ids=ids, positions=positions, slots=slots, context_lens=context_lens,
                    tables=np.zeros((rows, blocks), np.int32), hidden=np.empty((rows, hidden), np.float32),
-                   logits=np.empty((rows, vocab), np.float32), tokens=tokens, nan=np.zeros(rows, bool))
+                   tokens=tokens, best=np.zeros(rows, np.float32))
 
     def first(self, rows: int) -> Batch:
         return Batch(**{field.name: getattr(self, field.name)[:rows] for field in fields(self)})
@@ -53,12 +50,10 @@ class Calls:
 
     batch: Batch
     layers: Callable[[], None]
-    head: Callable[[], None]
-    argmax: Callable[[], None]
+    head: Callable[[], None]            # of the logits only the best is kept
 
 
 class Model(Protocol):
-    vocab_size: int
     hidden_size: int
 
     def bind(self, batch: Batch) -> Calls: ...
@@ -69,8 +64,7 @@ class GreedySteps:
 
     def __init__(self, model: Model, slots: Slots, block_size: int, max_seqs: int, max_blocks: int) -> None:
         self._model, self._slots, self._block_size = model, slots, block_size
-        self._most = max(1, min(max_seqs, MAX_LOGITS_BYTES // (4 * model.vocab_size)))
-        self._room = Batch.room(self._most, max_blocks, model.hidden_size, model.vocab_size)
+        self._room = Batch.room(max_seqs, max_blocks, model.hidden_size)
         self._seqs: list[Sequence] = []                 # of the step before this one, and of each
         self._starts: list[int] = []                    # the position
         self._preemptions: list[int] = []               # and how often it had lost its blocks
@@ -83,7 +77,7 @@ class GreedySteps:
     def prepare(self, plan: StepPlan) -> Calls | None:
         """The calls of this step, or None when it is not one of those."""
         items = plan.items
-        if plan.copies or len(items) > self._most:
+        if plan.copies:
             return None
         if not self._goes_on(items) and not self._start(items):
             return None
@@ -139,7 +133,5 @@ class GreedySteps:
 
 def results_of(batch: Batch) -> list[ItemResult]:
     """What a step gave."""
-    tokens = batch.tokens.tolist()
-    best = [batch.logits[row, token] for row, token in enumerate(tokens)]
-    return [ItemResult(token=token) if not nan and isfinite(value) else ItemResult(error="numerical_error")
-            for token, value, nan in zip(tokens, best, batch.nan.tolist())]
+    return [ItemResult(token=token) if isfinite(value) else ItemResult(error="numerical_error")
+            for token, value in zip(batch.tokens.tolist(), batch.best.tolist())]

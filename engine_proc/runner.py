@@ -99,7 +99,6 @@ class ModelRunner:
             if calls is not None:
                 calls.layers()
                 calls.head()
-                calls.argmax()
                 return results_of(calls.batch)
             self.greedy.forget()
         batch = self._builder.build(plan)

@@ -5,9 +5,6 @@
 #include <sys/mman.h>
 
 #define CHUNK_ROWS 96                /* rows that pass over the weights together: enough to hide reading them */
-#ifndef STREAM_AHEAD
-#define STREAM_AHEAD 4096            /* bytes a thread asks for ahead of its stream of weights; isa.py knows better */
-#endif
 #define PRIVATE_OPERAND 8192         /* elements each thread converts for itself to save a barrier */
 
 static long chunk_rows(long rows) {
@@ -16,7 +13,7 @@ static long chunk_rows(long rows) {
     return ((rows + chunks - 1) / chunks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
 }
 
-static size_t panel_bytes(const linear_weight *w) {
+size_t linear_panel_bytes(const linear_weight *w) {
     if (w->kind == WEIGHT_INT8) return int8_panel_bytes(w->k);
     return (size_t)(w->kind == WEIGHT_F32 ? 4 * w->k : 2 * ((w->k + 1) & ~1L)) * PANEL;
 }
@@ -44,6 +41,19 @@ static void put(const linear_args *g, long row, long col, v16 v, int n) {
     v_store_any_n(g->out, at, v, n, is_bf16);
 }
 
+/* Compares 16 results of a row with its best so far; a thread sees the columns in ascending order. */
+INLINE void keep_best(best_token *best, v16 v, long col, int n) {
+    best->nan |= v_any_nan(v);
+    unsigned better = v_gt_bits(v, v_set1(best->value)) & ((1u << n) - 1);
+    if (!better) return;
+    _Alignas(64) float values[16];
+    v_store(values, v);
+    for (; better; better &= better - 1) {
+        int i = __builtin_ctz(better);
+        if (values[i] > best->value) *best = (best_token){values[i], (int32_t)(col + i), best->nan};
+    }
+}
+
 /* Bias, gate and store of a finished tile, whose rows are `ldc` floats apart. */
 static void finish(const linear_args *g, long row, long rows, long panel, const float *c, long ldc) {
     const linear_weight *w = g->weight;
@@ -66,7 +76,8 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
             v16 v = v_load(c + 16 * j);
             if (w->bias) v = v_add(v, v_load_n(w->bias + col, n));
             if (w->post) v = v_activate(v, w->post);
-            put(g, row + r, col, v, n);
+            if (g->out_kind == OUT_BEST) keep_best((best_token *)g->out + row + r, v, col, n);
+            else put(g, row + r, col, v, n);
         }
     }
 }
@@ -75,7 +86,7 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
  * which ask for the panel `following` meanwhile, each for its share; a single tile asks for its own stream ahead. */
 static void run_panel(const linear_args *g, long row, long stop, long panel, const char *following) {
     _Alignas(64) float c[TILE_ROWS * PANEL];
-    size_t bytes = panel_bytes(g->weight);
+    size_t bytes = linear_panel_bytes(g->weight);
     const char *weights = (const char *)g->weight->panels + (size_t)panel * bytes;
     long tiles = (stop - row + TILE_ROWS - 1) / TILE_ROWS;
     for (long rows, i = 0; row < stop; row += rows, i++) {
@@ -96,7 +107,7 @@ static long panels_at_once(const linear_args *g) {
 static void run_pair(const linear_args *g, long row, long stop, long panel, const char *following) {
 #if WIDE_ROWS
     _Alignas(64) float c[WIDE_ROWS * 2 * PANEL];
-    size_t bytes = panel_bytes(g->weight);
+    size_t bytes = linear_panel_bytes(g->weight);
     long k = g->weight->k, tiles = (stop - row + WIDE_ROWS - 1) / WIDE_ROWS;
     const float *weights = (const float *)((const char *)g->weight->panels + (size_t)panel * bytes);
     for (long rows, i = 0; row < stop; row += rows, i++) {
@@ -111,6 +122,11 @@ static void run_pair(const linear_args *g, long row, long stop, long panel, cons
 #endif
 }
 
+void linear_panel(const linear_args *g, long row, long stop, long panel) {
+    const char *weights = (const char *)g->weight->panels + (size_t)panel * linear_panel_bytes(g->weight);
+    run_panel(g, row, stop, panel, weights);
+}
+
 void linear_team(const linear_args *g, int tid, int size) {
     (void)tid;
     long panels = linear_panels(g->weight), per_chunk = chunk_rows(g->rows), wide = panels_at_once(g);
@@ -123,7 +139,7 @@ void linear_team(const linear_args *g, int tid, int size) {
             long after = task < end - 1 ? task + 1 : then >= 0 ? then : task;
             long row = task / groups * per_chunk, stop = row + per_chunk < g->rows ? row + per_chunk : g->rows;
             long panel = task % groups * wide, then_panel = after % groups * wide;
-            const char *following = (const char *)g->weight->panels + (size_t)then_panel * panel_bytes(g->weight);
+            const char *following = (const char *)g->weight->panels + (size_t)then_panel * linear_panel_bytes(g->weight);
             if (wide == 2 && panel + 1 < panels) run_pair(g, row, stop, panel, following);
             else run_panel(g, row, stop, panel, following);
         }
@@ -159,7 +175,7 @@ void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long
     }
 }
 
-static int usable_as_is(const linear_weight *w, int x_bf16) {
+int linear_usable_as_is(const linear_weight *w, int x_bf16) {
     if (w->kind == WEIGHT_F32) return !x_bf16;
     return w->kind == WEIGHT_BF16 && x_bf16 == BF16_DOT && w->k % 2 == 0;
 }
@@ -199,7 +215,7 @@ int q_linear(const linear_weight *w, const void *x, int x_bf16, long ldx, long r
     linear_call call = {
         .linear = {.weight = w, .a = x, .lda = ldx, .rows = rows, .out = out, .ldo = ldo,
                    .out_kind = out_bf16 ? OUT_BF16 : OUT_F32, .scale = 1.0f},
-        .x = x, .ldx = ldx, .x_bf16 = x_bf16, .convert = !usable_as_is(w, x_bf16),
+        .x = x, .ldx = ldx, .x_bf16 = x_bf16, .convert = !linear_usable_as_is(w, x_bf16),
     };
     int failed = 0;
     pool_enter();

@@ -15,9 +15,20 @@
 #include "pool.h"
 #include "tile.h"
 
+#ifndef STREAM_AHEAD
+#define STREAM_AHEAD 4096 /* bytes a thread asks for ahead of its stream of weights; isa.py knows better */
+#endif
+
 enum { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2 };
 enum { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_GELU = 3, ACT_RELU = 4, ACT_TANH = 5 };
-enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2 }; /* OUT_ADD_F32: out += scale * result */
+enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2, OUT_BEST = 3 }; /* OUT_ADD_F32: out += scale * result */
+
+/* OUT_BEST: nothing is stored; out is best_token [rows] of the calling thread, kept up to date (see best.c). */
+typedef struct {
+    float value;          /* the largest result of the row so far; minus infinity before the first */
+    int32_t id;           /* its column, the lowest if there are several */
+    int32_t nan;          /* the row holds a NaN */
+} best_token;
 
 /* Mirrored field for field by native.py; all 8 bytes wide. */
 typedef struct {
@@ -55,11 +66,19 @@ INLINE long linear_panels(const linear_weight *w) { return w->act ? (w->n + 15) 
 /* The product as one phase; ends with a barrier. */
 void linear_team(const linear_args *args, int tid, int size);
 
+/* The same for rows [row, stop) and one panel, in the calling thread. */
+void linear_panel(const linear_args *args, long row, long stop, long panel);
+
+/* Bytes of a panel. */
+size_t linear_panel_bytes(const linear_weight *w);
+
 /* Elements of one operand row (padded), the bytes of `rows` such rows, and the conversion of rows [from, to). */
 long linear_operand_stride(const linear_weight *w);
 size_t linear_operand_bytes(const linear_weight *w, long rows);
 void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
                          long rows);
+/* Whether rows of floats (or bfloat16) are their own operand. */
+int linear_usable_as_is(const linear_weight *w, int x_bf16);
 
 /* Row of the unpacked weight that fills column `c` of a panel, or -1 for padding. */
 long linear_source_row(const linear_weight *w, long panel, long c);
@@ -72,5 +91,8 @@ void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long l
 long int8_stride(long k);
 size_t int8_operand_bytes(long k, long rows);
 size_t int8_panel_bytes(long k);
+/* What an operand row stands for, values[k], and a weight likewise (not of a gated layer). */
+void int8_values(const void *a, long k, long row, long rows, float *values);
+float int8_weight(const linear_weight *w, long row, long i);
 
 #endif

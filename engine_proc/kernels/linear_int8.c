@@ -64,6 +64,19 @@ void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long l
         }
 }
 
+void int8_values(const void *a, long k, long row, long rows, float *values) {
+    long stride = int8_stride(k);
+    const int8_t *q = (const int8_t *)a + row * stride;
+    const float *scales = (const float *)((const int8_t *)a + rows * stride) + row * (stride / X_GROUP);
+    for (long i = 0; i < k; i++) values[i] = (float)q[i] * scales[i / X_GROUP];
+}
+
+float int8_weight(const linear_weight *w, long row, long i) {
+    const uint8_t *group = (const uint8_t *)w->panels + (size_t)(row / PANEL) * int8_panel_bytes(w->k) + i / W_GROUP * GROUP_BYTES;
+    const float *scales = (const float *)(group + W_GROUP * PANEL);
+    return (float)(group[i % W_GROUP / 4 * 4 * PANEL + row % PANEL * 4 + i % 4] - 128) * scales[row % PANEL];
+}
+
 #if defined(__AVX512VNNI__)
 
 INLINE void tile_body(const int rows, const int8_t *a, long stride, const float *scales, const int32_t *starts,

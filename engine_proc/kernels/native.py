@@ -8,9 +8,7 @@ buffer per process, guarded by its own lock; ctypes drops the GIL around each ca
 from __future__ import annotations
 
 import ctypes
-import math
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +16,9 @@ from torch import Tensor
 
 from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightType, is_supported
 from engine_proc.kernels.decoder import Decoder, DecoderModel
+from engine_proc.kernels.native_best import BestToken
 from engine_proc.kernels.native_decoder import NativeDecoder, check
+from engine_proc.kernels.native_linear import ACTS, HugePages, NativeLinear
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -28,6 +28,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_pack": (None, [_P, _P, _I]),
     "q_pack_int8": (None, [_P, _P, _I]),
     "q_advise_huge": (None, [_P, ctypes.c_size_t]),
+    "q_best": (_I, [_P, _P, _P, _P, _L, _P, _P]),
+    "q_best_bounds": (None, [_P, _P, _I, _P]),
     "q_rms_norm": (None, [_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F, _I, _I]),
     "q_rope_cache": (_I, [ctypes.c_char_p]),
     "q_attention": (_I, [ctypes.c_char_p]),
@@ -41,11 +43,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_top_k": (None, [_P, _I, _L, _L, _L, _L, _P, _P, _P, _P]),
 }
 TICKS_PER_US = 2500  # of the time-stamp counter, about
-_PANEL = 32  # outputs of a panel (tile.h)
-_KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
-_ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "tanh": 5}
-_PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 64}
-_WEIGHT = struct.Struct("2q5q")  # linear_weight in linear.h
 _ROPE = struct.Struct("11q3q5q2q2q2d")  # rope_args in rope.h
 _ATTENTION = struct.Struct("7q3q3q5q5q2d")  # attention_args in attention.h
 _PACKED_ATTENTION = struct.Struct("6q4q7qd")  # packed_attention_args in packed_attention.h
@@ -55,110 +52,6 @@ _BF16 = torch.bfloat16
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-class NativeLinear(PackedLinear):
-    """A weight in panels of 32 outputs; see linear.h."""
-
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        memory: HugePages,
-        weight: Tensor,
-        bias: Tensor | None,
-        dtype: WeightType | None,
-        gate: Activation | None,
-        post: Activation | None,
-    ) -> None:
-        assert not (gate and post)
-        assert weight.dim() == 2 and is_supported(weight)
-        weight = weight.detach().contiguous()
-        stored: str = dtype or str(weight.dtype).removeprefix("torch.")
-        rows, self.k = weight.shape
-        assert rows > 0 and self.k > 0 and (not gate or rows % 2 == 0)
-        self.n = rows // 2 if gate else rows
-        panels = -(-self.n // (_PANEL // 2 if gate else _PANEL))
-        inputs = -(-self.k // _PACK_MULTIPLE[stored]) * _PACK_MULTIPLE[stored]
-        inputs += inputs // 64 * 4 if stored == "int8" else 0  # a float scale per 64 bytes
-        storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[stored]
-        self._panels = memory.empty((panels * inputs * _PANEL,), storage)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        assert self._bias is None or self._bias.shape == (rows,)
-        self._struct = ctypes.create_string_buffer(
-            _WEIGHT.pack(
-                self._panels.data_ptr(),
-                _address(self._bias),
-                self.n,
-                self.k,
-                _KINDS[stored],
-                _ACTS[gate],
-                _ACTS[post],
-            )
-        )
-        self.address = ctypes.addressof(self._struct)  # of the C struct, for the fused decoder
-        self._q_linear = library.q_linear
-        pack = library.q_pack_int8 if stored == "int8" else library.q_pack
-        pack(self.address, weight.data_ptr(), weight.dtype is _BF16)
-        self.nbytes = self._panels.nbytes
-
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows, inputs = x.shape
-        if out is None:
-            out = torch.empty((rows, self.n), dtype=x.dtype)
-        assert inputs == self.k and (*out.shape,) == (rows, self.n) and is_supported(x) and is_supported(out)
-        failed = rows and self._q_linear(
-            self.address,
-            x.data_ptr(),
-            x.dtype is _BF16,
-            x.stride(0),
-            rows,
-            out.data_ptr(),
-            out.dtype is _BF16,
-            out.stride(0),
-        )
-        check(failed, "linear")
-        return out
-
-
-    def bind(self, x: Tensor, out: Tensor) -> Callable[[], None]:
-        """The product of float32 tensors that stay where they are."""
-        assert x.dtype is out.dtype is torch.float32 and x.shape[1] == self.k
-        assert (*out.shape,) == (x.shape[0], self.n) and is_supported(x) and is_supported(out)
-        call, kept = self._q_linear, (self, x, out)
-        arguments = (self.address, x.data_ptr(), 0, x.stride(0), x.shape[0], out.data_ptr(), 0, out.stride(0))
-
-        def run() -> None:
-            assert kept
-            check(call(*arguments), "linear")
-
-        return run
-
-
-class HugePages:
-    """Memory for what a step streams through, weights above all, in large pieces on huge pages.
-
-    A packed matrix of a small model is below the size of one huge page; side by side they fill some (a tenth more
-    bandwidth). A piece lives as long as a tensor cut from it.
-    """
-
-    PIECE = 64 << 20
-    ALIGNMENT = 64
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._advise = library.q_advise_huge
-        self._piece = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor, aligned to a cache line."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self._used + nbytes > self._piece.nbytes:
-            self._piece, self._used = torch.empty(max(nbytes, self.PIECE), dtype=torch.uint8), 0
-            self._advise(self._piece.data_ptr(), self._piece.nbytes)
-            assert self._piece.data_ptr() % self.ALIGNMENT == 0
-        tensor = self._piece[self._used : self._used + nbytes].view(dtype).view(shape)
-        self._used += -(-nbytes // self.ALIGNMENT) * self.ALIGNMENT
-        return tensor
 
 
 class NativeKernels(Kernels):
@@ -199,6 +92,11 @@ class NativeKernels(Kernels):
         post: Activation | None = None,
     ) -> PackedLinear:
         return NativeLinear(self.library, self._memory, weight, bias, dtype, gate, post)
+
+    def best_token(self, packed: PackedLinear, weight: Tensor) -> BestToken:
+        """The search for the best token in `packed`, whose plain form is `weight`."""
+        assert isinstance(packed, NativeLinear)
+        return BestToken(self.library, self._memory, packed, weight)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
@@ -496,7 +394,7 @@ class NativeKernels(Kernels):
             out = torch.empty((rows, dim), dtype=x.dtype)
         assert (*out.shape,) == (rows, dim) and out.dtype is x.dtype and is_supported(x) and is_supported(out)
         self.library.q_act_mul(
-            x.data_ptr(), out.data_ptr(), rows, dim, x.stride(0), out.stride(0), _ACTS[act], x.dtype is _BF16
+            x.data_ptr(), out.data_ptr(), rows, dim, x.stride(0), out.stride(0), ACTS[act], x.dtype is _BF16
         )
         return out
 
@@ -524,20 +422,6 @@ class NativeKernels(Kernels):
             nan.data_ptr(),
         )
         return ids, chosen, nan
-
-    def bind_argmax(self, logits: Tensor, ids: Tensor, nan: Tensor) -> Callable[[], None]:
-        """argmax of float32 logits that stay where they are, into `ids` (int32) and `nan` (bool)."""
-        rows, vocab = logits.shape
-        assert is_supported(logits) and logits.dtype is torch.float32
-        assert ids.dtype is torch.int32 and nan.dtype is torch.bool and len(ids) == len(nan) == rows
-        call, kept = self.library.q_argmax, (logits, ids, nan)
-        arguments = (logits.data_ptr(), 0, rows, vocab, logits.stride(0), ids.data_ptr(), 0, nan.data_ptr())
-
-        def run() -> None:
-            assert kept
-            call(*arguments)
-
-        return run
 
     def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows, vocab = logits.shape

@@ -1,0 +1,59 @@
+"""The best token of each row without its logits: the compiled search of best.c.
+
+Owns: the int8 copy of a vocabulary's matrix and the bounds that make a search through it exact. The copy takes half the
+bytes of a bfloat16 matrix and is kept for matrices that are not int8 themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine_proc.kernels.native_decoder import check
+from engine_proc.kernels.native_linear import HugePages, NativeLinear
+
+
+class BestToken:
+    """The search in `packed`, the matrix [vocab, hidden] whose plain form is `weight`."""
+
+    def __init__(self, library: ctypes.CDLL, memory: HugePages, packed: NativeLinear, weight: Tensor) -> None:
+        assert weight.shape == (packed.n, packed.k)
+        self._library, self._packed = library, packed
+        self._rough: NativeLinear | None = None
+        self._bounds = torch.empty(0)
+        if packed.kind != "int8":
+            self._take_rough(NativeLinear(library, memory, weight, None, "int8", None, None), weight.contiguous())
+
+    def _take_rough(self, rough: NativeLinear, weight: Tensor) -> None:
+        bounds = torch.empty(rough.n)
+        self._library.q_best_bounds(
+            rough.address, weight.data_ptr(), weight.dtype is torch.bfloat16, bounds.data_ptr()
+        )
+        if bounds.isfinite().all():  # else the matrix holds what no bound is true of
+            self._rough, self._bounds = rough, bounds
+
+    def bind(self, x: Tensor, ids: Tensor, values: Tensor) -> Callable[[], None]:
+        """For each row of float32 x [R, hidden] its best token, int32, and that one's logit, NaN where the row holds one."""
+        rows, width = x.shape
+        assert x.dtype is values.dtype is torch.float32 and ids.dtype is torch.int32 and width == self._packed.k
+        assert x.is_contiguous() and ids.is_contiguous() and values.is_contiguous() and len(ids) == len(values) == rows
+        call, kept = self._library.q_best, (self, x, ids, values)
+        rough = self._rough.address if self._rough is not None else 0
+        arguments = (
+            self._packed.address,
+            rough,
+            self._bounds.data_ptr(),
+            x.data_ptr(),
+            rows,
+            ids.data_ptr(),
+            values.data_ptr(),
+        )
+
+        def run() -> None:
+            assert kept
+            check(call(*arguments), "best token")
+
+        return run

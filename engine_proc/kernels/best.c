@@ -11,12 +11,12 @@
  * y has two parts, x in int8 and what that leaves over in int8 again, so that |y - x| <= 9e-5 |x|: with a scale per group
  * of 32, an element is off by at most 1/254^2 of the group's largest.  Float32 sums of k products are off by at most
  * k 2^-24 of |w| |x| (twice that where the processor multiplies pairs of bfloat16).  All of this is linear in |x|, and
- * what it is multiplied with is known when the weights are packed: `bounds`.
+ * what |x| is multiplied with is known when the weights are packed (linear_int8.c): `bounds`.
  */
 #include "linear.h"
 
 #define PRIVATE_OPERAND 8192 /* elements each thread converts for itself to save a barrier */
-#define ROUGH_ROWS 3         /* rows of a search in two rounds: more are bound by arithmetic and gain nothing */
+#define ROUGH_ROWS 6         /* rows of a search in two rounds: more are bound by arithmetic and gain nothing */
 
 typedef struct {
     linear_args exact;
@@ -181,9 +181,7 @@ static void merge(const best_call *c, int size, int32_t *ids, float *values) {
     }
 }
 
-/* Entry points for Python. */
-
-/* For each row of x[rows][k] the output of `weight` that is largest, the lowest if there are several, and its value; 0
+/* Entry point for Python: for each row of x[rows][k] the output of `weight` that is largest, the lowest if there are several, and its value; 0
  * and NaN where one of the row's outputs is NaN.  `rough`: the same weight in int8, with its bounds, or NULL.  0, or -1
  * without memory. */
 int q_best(const linear_weight *weight, const linear_weight *rough, const float *bounds, const float *x, long rows,
@@ -204,37 +202,4 @@ int q_best(const linear_weight *weight, const linear_weight *rough, const float 
     }
     pool_leave();
     return base ? 0 : -1;
-}
-
-typedef struct {
-    const linear_weight *rough;
-    const void *src;
-    int src_bf16;
-    float *bounds;
-} bounds_call;
-
-static void bounds_team(int tid, int size, void *arg) {
-    (void)tid;
-    const bounds_call *c = arg;
-    long n = c->rough->n, k = c->rough->k, end;
-    double rounding = 1e-4 + (double)(3 * k + 64) / 16777216.0;
-    for (long row; (row = team_take(n, 64, &end)) >= 0;)
-        for (; row < end; row++) {
-            double off = 0.0, length = 0.0;
-            for (long i = 0; i < k; i++) {
-                double w = load_scalar(c->src, row * k + i, c->src_bf16), d = w - int8_weight(c->rough, row, i);
-                off += d * d;
-                length += w * w;
-            }
-            off = sqrt(off);
-            c->bounds[row] = (float)(1.00001 * (off + rounding * (sqrt(length) + off)));
-        }
-    team_barrier(size);
-}
-
-/* bounds[n] of a weight packed in int8 from src[n][k]: times the length of a row of activations, how far an output can
- * be from the one that src gives.  Not finite where src is not. */
-void q_best_bounds(const linear_weight *rough, const void *src, int src_bf16, float *bounds) {
-    bounds_call c = {.rough = rough, .src = src, .src_bf16 = src_bf16, .bounds = bounds};
-    pool_call(bounds_team, &c, POOL_ALWAYS);
 }

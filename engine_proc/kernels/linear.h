@@ -91,8 +91,7 @@ void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long l
 long int8_stride(long k);
 size_t int8_operand_bytes(long k, long rows);
 size_t int8_panel_bytes(long k);
-/* What an operand row stands for, values[k], and a weight likewise (not of a gated layer). */
+/* What an operand row stands for: values[k]. */
 void int8_values(const void *a, long k, long row, long rows, float *values);
-float int8_weight(const linear_weight *w, long row, long i);
 
 #endif

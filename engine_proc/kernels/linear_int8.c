@@ -71,12 +71,6 @@ void int8_values(const void *a, long k, long row, long rows, float *values) {
     for (long i = 0; i < k; i++) values[i] = (float)q[i] * scales[i / X_GROUP];
 }
 
-float int8_weight(const linear_weight *w, long row, long i) {
-    const uint8_t *group = (const uint8_t *)w->panels + (size_t)(row / PANEL) * int8_panel_bytes(w->k) + i / W_GROUP * GROUP_BYTES;
-    const float *scales = (const float *)(group + W_GROUP * PANEL);
-    return (float)(group[i % W_GROUP / 4 * 4 * PANEL + row % PANEL * 4 + i % 4] - 128) * scales[row % PANEL];
-}
-
 #if defined(__AVX512VNNI__)
 
 INLINE void tile_body(const int rows, const int8_t *a, long stride, const float *scales, const int32_t *starts,
@@ -185,37 +179,76 @@ typedef struct {
     const void *src;
     int src_bf16;
     const linear_weight *w;
+    float *bounds;
 } pack_call;
 
-static void pack_group(const pack_call *p, long row, long column, long at, uint8_t *out) {
+/* How long a row of the weight is, and how far its int8 form is off; squares. */
+typedef struct {
+    double length, off;
+} pack_error;
+
+static void pack_group(const pack_call *p, long row, long column, long at, uint8_t *out, pack_error *error) {
     const linear_weight *w = p->w;
-    float v[W_GROUP] = {0}, most = 0.0f;
-    for (long i = 0; row >= 0 && i < W_GROUP && at + i < w->k; i++) {
-        v[i] = load_scalar(p->src, row * w->k + at + i, p->src_bf16);
-        most = fabsf(v[i]) > most ? fabsf(v[i]) : most;
+    _Alignas(64) float v[W_GROUP], q[W_GROUP];
+    v16 largest = v_zero();
+    for (long i = 0; i < W_GROUP; i += 16) {
+        long n = row < 0 ? 0 : w->k - at - i < 16 ? w->k - at - i : 16;
+        v16 t = n <= 0 ? v_zero() : v_load_any_n(p->src, row * w->k + at + i, (int)n, p->src_bf16);
+        v_store(v + i, t);
+        largest = v_max(v_max(largest, t), v_sub(v_zero(), t));
     }
-    float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-    for (long i = 0; i < W_GROUP; i++)
-        out[i / 4 * 4 * PANEL + column * 4 + i % 4] = (uint8_t)(lrintf(v[i] * inverse) + 128);
-    ((float *)(out + W_GROUP * PANEL))[column] = inverse > 0 ? most / 127.0f : 0.0f;
+    float most = v_hmax(largest), inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+    float unit = inverse > 0 ? most / 127.0f : 0.0f;
+    for (long i = 0; i < W_GROUP; i += 16) v_store(q + i, v_round(v_mul(v_load(v + i), v_set1(inverse))));
+    uint8_t bytes[W_GROUP];
+    for (long i = 0; i < W_GROUP; i++) bytes[i] = (uint8_t)((int32_t)q[i] + 128);
+    for (long i = 0; i < W_GROUP; i += 4) memcpy(out + i * PANEL + column * 4, bytes + i, 4);
+    ((float *)(out + W_GROUP * PANEL))[column] = unit;
+    if (!error) return;
+    if (unit > 0) { /* in units, or the squares would leave float32's range */
+        v16 length = v_zero(), off = v_zero(), per_unit = v_set1(1.0f / unit);
+        for (long i = 0; i < W_GROUP; i += 16) {
+            v16 t = v_mul(v_load(v + i), per_unit), d = v_sub(t, v_load(q + i));
+            length = v_fma(t, t, length);
+            off = v_fma(d, d, off);
+        }
+        error->length += (double)v_sum(length) * unit * unit;
+        error->off += (double)v_sum(off) * unit * unit;
+    } else {
+        error->length += W_GROUP * (double)most * most;
+        error->off += W_GROUP * (double)most * most;
+    }
+}
+
+static void pack_panel(const pack_call *p, long panel, pack_error *errors) {
+    const linear_weight *w = p->w;
+    long groups = int8_stride(w->k) / W_GROUP;
+    uint8_t *out = (uint8_t *)w->panels + (size_t)panel * int8_panel_bytes(w->k);
+    for (long g = 0; g < groups; g++, out += GROUP_BYTES)
+        for (long c = 0; c < PANEL; c++)
+            pack_group(p, linear_source_row(w, panel, c), c, g * W_GROUP, out, errors ? errors + c : NULL);
 }
 
 static void pack_team(int tid, int size, void *arg) {
     (void)tid;
     pack_call *p = arg;
     const linear_weight *w = p->w;
-    long panels = linear_panels(w), groups = int8_stride(w->k) / W_GROUP, end;
-    for (long panel; (panel = team_take(panels, 1, &end)) >= 0;) {
-        uint8_t *out = (uint8_t *)w->panels + (size_t)panel * int8_panel_bytes(w->k);
-        for (long g = 0; g < groups; g++, out += GROUP_BYTES)
-            for (long c = 0; c < PANEL; c++) pack_group(p, linear_source_row(w, panel, c), c, g * W_GROUP, out);
+    double rounding = 1e-4 + (double)(3 * w->k + 64) / 16777216.0;
+    long end;
+    for (long panel; (panel = team_take(linear_panels(w), 1, &end)) >= 0;) {
+        pack_error errors[PANEL] = {0};
+        pack_panel(p, panel, p->bounds ? errors : NULL);
+        for (long c = 0; p->bounds && c < PANEL && panel * PANEL + c < w->n; c++) {
+            double length = sqrt(errors[c].length), off = sqrt(errors[c].off);
+            p->bounds[panel * PANEL + c] = (float)(1.00001 * (off + rounding * (length + off)));
+        }
     }
     team_barrier(size);
 }
 
 /* Entry point for Python: quantises src[n][k] (gated: [2n][k]; float or bfloat16, finite) into w->panels, of
- * panels * (k padded to 64) * 34 bytes. */
-void q_pack_int8(const linear_weight *w, const void *src, int src_bf16) {
-    pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w};
+ * panels * (k padded to 64) * 34 bytes.  bounds[n], or NULL: see best.c; not finite where src is not. */
+void q_pack_int8(const linear_weight *w, const void *src, int src_bf16, float *bounds) {
+    pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w, .bounds = bounds};
     pool_call(pack_team, &p, POOL_ALWAYS);
 }

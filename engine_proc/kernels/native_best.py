@@ -23,17 +23,11 @@ class BestToken:
         assert weight.shape == (packed.n, packed.k)
         self._library, self._packed = library, packed
         self._rough: NativeLinear | None = None
-        self._bounds = torch.empty(0)
+        self._bounds = torch.empty(packed.n)
         if packed.kind != "int8":
-            self._take_rough(NativeLinear(library, memory, weight, None, "int8", None, None), weight.contiguous())
-
-    def _take_rough(self, rough: NativeLinear, weight: Tensor) -> None:
-        bounds = torch.empty(rough.n)
-        self._library.q_best_bounds(
-            rough.address, weight.data_ptr(), weight.dtype is torch.bfloat16, bounds.data_ptr()
-        )
-        if bounds.isfinite().all():  # else the matrix holds what no bound is true of
-            self._rough, self._bounds = rough, bounds
+            rough = NativeLinear(library, memory, weight, None, "int8", None, None, self._bounds)
+            if self._bounds.isfinite().all():  # else the matrix holds what no bound is true of
+                self._rough = rough
 
     def bind(self, x: Tensor, ids: Tensor, values: Tensor) -> Callable[[], None]:
         """For each row of float32 x [R, hidden] its best token, int32, and that one's logit, NaN where the row holds one."""
@@ -41,10 +35,9 @@ class BestToken:
         assert x.dtype is values.dtype is torch.float32 and ids.dtype is torch.int32 and width == self._packed.k
         assert x.is_contiguous() and ids.is_contiguous() and values.is_contiguous() and len(ids) == len(values) == rows
         call, kept = self._library.q_best, (self, x, ids, values)
-        rough = self._rough.address if self._rough is not None else 0
         arguments = (
             self._packed.address,
-            rough,
+            self._rough.address if self._rough is not None else 0,
             self._bounds.data_ptr(),
             x.data_ptr(),
             rows,

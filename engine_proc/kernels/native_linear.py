@@ -34,8 +34,10 @@ class NativeLinear(PackedLinear):
         dtype: WeightType | None,
         gate: Activation | None,
         post: Activation | None,
+        bounds: Tensor | None = None,
     ) -> None:
-        assert not (gate and post)
+        """`bounds` [rows] of an int8 layer without a gate are filled; see best.c."""
+        assert not (gate and post) and (bounds is None or (dtype == "int8" and not gate))
         assert weight.dim() == 2 and is_supported(weight)
         weight = weight.detach().contiguous()
         self.kind = stored = dtype or str(weight.dtype).removeprefix("torch.")
@@ -62,8 +64,11 @@ class NativeLinear(PackedLinear):
         )
         self.address = ctypes.addressof(self._struct)  # of the C struct, for the fused decoder
         self._q_linear = library.q_linear
-        pack = library.q_pack_int8 if stored == "int8" else library.q_pack
-        pack(self.address, weight.data_ptr(), weight.dtype is torch.bfloat16)
+        source = (self.address, weight.data_ptr(), weight.dtype is torch.bfloat16)
+        if stored == "int8":
+            library.q_pack_int8(*source, 0 if bounds is None else bounds.data_ptr())
+        else:
+            library.q_pack(*source)
         self.nbytes = self._panels.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:

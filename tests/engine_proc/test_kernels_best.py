@@ -51,7 +51,7 @@ def test_any_size_and_number_of_rows(
     kernels: NativeKernels, dtype: torch.dtype, kind: str | None, vocab: int, width: int
 ) -> None:
     weight = randn(vocab, width, dtype=dtype)
-    for rows in (1, 2, 3, 4, 13, 100):
+    for rows in (1, 2, 5, 6, 13, 100):
         same(*search(kernels, weight, randn(rows, width), kind))
 
 
@@ -85,7 +85,7 @@ def test_the_lowest_of_equals_wins(kernels: NativeKernels, dtype: torch.dtype) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_without_numbers_says_so_and_harms_no_other(kernels: NativeKernels, kind: str | None) -> None:
     weight = randn(500, 64, dtype=torch.bfloat16)
-    for rows in (2, 6):
+    for rows in (2, 9):
         x = randn(rows, 64)
         x[1, 5] = float("nan")
         ids, values, logits = search(kernels, weight, x, kind)
@@ -110,3 +110,19 @@ def test_a_matrix_that_holds_an_infinity_is_searched_in_full(kernels: NativeKern
     x = randn(1, 64).abs()
     ids, values, _ = search(kernels, weight, x)
     assert ids.tolist() == [7] and values.isinf().all()
+
+
+@pytest.mark.parametrize("room", [0.02, 0.5])
+def test_activations_along_the_error_of_int8(kernels: NativeKernels, room: float) -> None:
+    """The row that int8 makes too small by as much as it can is still found before one that int8 keeps, just below."""
+    weight = torch.zeros(200, 64)
+    weight[5] = randn(64)
+    scale = weight[5].abs().max() / 127
+    error = weight[5] - (weight[5] / scale).round() * scale
+    x = 100 * error[None] / error.norm()
+    most = int(x[0].abs().argmax())
+    weight[torch.arange(200) != 5, most] = -100 * x[0, most].sign()
+    weight[150, most] = (x[0] @ weight[5] - room * 100 * error.norm()) / x[0, most]
+    ids, values, logits = search(kernels, weight, x)
+    assert ids.tolist() == [5] and logits[0, 150] > logits[0, 5] - 100 * error.norm()
+    same(ids, values, logits)

@@ -5,6 +5,7 @@ the text of the choice. Nothing here looks at a clock or at a socket.
 """
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from detok_proc.answer import Answer
@@ -12,7 +13,7 @@ from detok_proc.stops import Stops
 from detok_proc.stream import open_text, whole_text
 from detok_proc.vocab import Vocab
 from pipeline.families.parts import append_span
-from pipeline.messages import Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
+from pipeline.messages import TEXT_ROW, Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
 
 REPEATED = "repetition_detected"        # the stop reason of Finish.REPETITION
 ENDS = (Finish.EOS, Finish.STOP_ID)     # the last id is what ended the text, not part of it
@@ -49,7 +50,7 @@ class Choice:
         self._usage: Usage | None = None
         self._texts: list[str] = []
         self._spans: list[tuple[int, int]] = []
-        self._ids: list[bytes] = []
+        self._ids = array("I")
         self._logprobs: list[Logprobs] = []
         self._prompt_logprobs: list[Logprobs] = []
         self._prompt_text: str | None = None
@@ -73,21 +74,26 @@ class Choice:
             self._stop = None if self._stops is None else self._stops.hit
             self._new_usage = Usage(0, 0, self.have)
 
+    def push(self, start: int, number: int) -> bool:
+        """Decode one id that came with nothing else, nearly always; False where it takes `apply`."""
+        if start != self.have or not self._simple:
+            return False
+        self.have = start + 1
+        self._ids.append(number)
+        text = self._text.push(number)
+        if text:
+            self.chars += len(text)
+            self._texts.append(text)
+        return True
+
     def apply(self, out: TokenOut) -> int | None:
         """Decode what one step gave; the number of output tokens up to a stop string that this completed.
 
         Raises Gap when ids before these are missing. Ids that were seen before are skipped.
         """
-        packed, finish, logprobs = out.ids, out.finish, out.logprobs
-        if (self._simple and out.start == self.have and len(packed) == 4 and not finish and logprobs is None
-                and out.prompt_logprobs is None and out.usage is None):
-            self.have += 1                    # one more token, and nothing else: nearly always
-            self._ids.append(packed)
-            self._say(self._text.push(int.from_bytes(packed, "little")))
-            return None
         if out.start != self.have:
             out = self._rest(out)
-            packed, finish, logprobs = out.ids, out.finish, out.logprobs
+        packed, finish, logprobs = out.ids, out.finish, out.logprobs
         numbers: Sequence[int] = (int.from_bytes(packed, "little"),) if len(packed) == 4 else unpack_ids(packed)
         if logprobs is not None:
             self._name(logprobs, numbers)
@@ -116,7 +122,7 @@ class Choice:
                               else REPEATED if finish == Finish.REPETITION else None)
         self.have += count
         self.finish = finish
-        self._ids.append(packed)
+        self._ids.frombytes(packed)
         self._say(text)
         if logprobs is not None:
             self._logprobs.append(logprobs)
@@ -126,12 +132,21 @@ class Choice:
         self._new_usage = Usage(usage.prompt_tokens, usage.cached_tokens, self.have)
         return self.have
 
+    def put_into(self, rows: bytearray, ids: array[int], texts: list[str]) -> bool:
+        """Add what waits to the rows of a message; False where it takes a `delta`. Call `sent` when it was taken."""
+        if (self._answer is not None or self.finish or self._logprobs or self._new_usage is not None
+                or self._prompt_text is not None or self._prompt_logprobs):
+            return False
+        rows += TEXT_ROW.pack(
+            self.rid, self.sent_chars, self.sent_have, self.have - self.sent_have, self.chars - self.sent_chars)
+        ids += self._ids
+        texts += self._texts
+        return True
+
     def delta(self) -> TextDelta:
         """Everything that waits, as one delta. Call `sent` when it was taken."""
-        texts, ids = self._texts, self._ids
         made = TextDelta(
-            self.rid, self.sent_chars, texts[0] if len(texts) == 1 else "".join(texts), self.sent_have,
-            ids[0] if len(ids) == 1 else b"".join(ids), self.finish, self._stop,
+            self.rid, self.sent_chars, "".join(self._texts), self.sent_have, self._ids.tobytes(), self.finish, self._stop,
             _join(self._logprobs) if self._logprobs else None, self._prompt_text,
             _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
         if self._answer is not None:
@@ -143,7 +158,7 @@ class Choice:
         self.sent_have, self.sent_chars, self.waiting = self.have, self.chars, False
         self._texts.clear()
         self._spans.clear()
-        self._ids.clear()
+        del self._ids[:]
         self._prompt_text = self._new_usage = None
         if self._logprobs:
             self._logprobs.clear()
@@ -162,7 +177,7 @@ class Choice:
         assert 0 <= self.sent_chars <= self.chars and 0 <= self.sent_have <= self.have
         assert sum(map(len, self._texts)) == self.chars - self.sent_chars
         assert self._answer is None or sum(n for _, n in self._spans) == self.chars - self.sent_chars
-        assert sum(map(len, self._ids)) == 4 * (self.have - self.sent_have)
+        assert len(self._ids) == self.have - self.sent_have
         assert not self.stopped or self.finish == Finish.STOP_STRING
 
     def _decode(self, numbers: Sequence[int]) -> tuple[str, int]:

@@ -7,9 +7,11 @@ frontend's outbox does not take waits merged per choice; nothing here ever block
 from __future__ import annotations
 
 import logging
+import struct
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -19,7 +21,20 @@ from detok_proc.vocab import Vocab
 from pipeline.config import ServerConfig
 from pipeline.errors import StartError
 from pipeline.ids import frontend_epoch, frontend_index, short_epoch
-from pipeline.messages import Deltas, Failed, FailedItem, Finish, Kind, Load, Open, StepOut, StopHit, TokenOut
+from pipeline.messages import (
+    TOKEN_ROW,
+    Deltas,
+    Failed,
+    FailedItem,
+    Finish,
+    Kind,
+    Load,
+    Open,
+    StepOut,
+    StopHit,
+    TextDelta,
+    TokenOut,
+)
 from pipeline.per_model import PerModel
 from pipeline.schema import BadFrame
 from pipeline.transport import Address, Sender
@@ -70,8 +85,13 @@ class DetokWorker:
         if message.detok_epoch != self._epoch or message.engine_epoch < self._engine_epochs.get(message.engine, -1):
             self._dropped.labels(reason="old_epoch").inc()
             return
+        try:
+            rows = TOKEN_ROW.iter_unpack(message.rows)
+        except struct.error:
+            raise BadFrame("half a row") from None
         for opened in message.opens:
             self._open(opened, message.engine, message.engine_epoch)
+        self._rows(rows)
         for out in message.items:
             self._token(out)
 
@@ -144,6 +164,22 @@ class DetokWorker:
             self._hit(choice, choice.have)
             self._queue(choice)
 
+    def _rows(self, rows: Iterable[tuple[int, int, int]]) -> None:
+        """One id each, and nothing else: what nearly every token costs."""
+        known = self._choices.get
+        for rid, start, number in rows:
+            choice = known(rid)
+            try:
+                if choice is None or not choice.push(start, number):
+                    self._token(TokenOut(rid, start, number.to_bytes(4, "little")))
+                    continue
+            except Exception:
+                self._broken(choice)
+                continue
+            self._new_tokens += 1
+            if not choice.waiting:
+                self._queue(choice)
+
     def _token(self, out: TokenOut) -> None:
         choice = self._choices.get(out.rid)
         if choice is None:
@@ -163,9 +199,7 @@ class DetokWorker:
             self._fail(out.rid, "engine_unavailable", "A part of the answer was lost inside the server.")
             return
         except Exception:
-            log.exception("request %x: decoding failed", out.rid)
-            self._drop([choice])
-            self._fail(out.rid, "internal_error", "The server failed to decode this request.")
+            self._broken(choice)
             return
         self._new_tokens += len(out.ids) >> 2
         if out.finish:
@@ -175,6 +209,11 @@ class DetokWorker:
         if hit is not None:
             self._stop_hits.inc()
         self._queue(choice)
+
+    def _broken(self, choice: Choice) -> None:
+        log.exception("request %x: decoding failed", choice.rid)
+        self._drop([choice])
+        self._fail(choice.rid, "internal_error", "The server failed to decode this request.")
 
     def _hit(self, choice: Choice, n_tokens: int) -> None:
         self._hits.append((choice.engine, StopHit(choice.rid, n_tokens)))
@@ -221,8 +260,7 @@ class DetokWorker:
             while end < len(waiting) and size < MAX_DELTAS_BYTES:
                 size += waiting[end].size
                 end += 1
-            items = [choice.delta() for choice in waiting[begin:end]]
-            if not self._send(to, Deltas(self._index, self._epoch, items)):
+            if not self._send(to, self._deltas(waiting[begin:end])):
                 break
             for choice in waiting[begin:end]:
                 choice.sent()
@@ -231,6 +269,13 @@ class DetokWorker:
             del self._waiting[frontend]
         else:
             del waiting[:begin]
+
+    def _deltas(self, choices: list[Choice]) -> Deltas:
+        items, rows, ids, texts = list[TextDelta](), bytearray(), array("I"), list[str]()
+        for choice in choices:
+            if not choice.put_into(rows, ids, texts):
+                items.append(choice.delta())
+        return Deltas(self._index, self._epoch, items, bytes(rows), ids.tobytes(), "".join(texts))
 
     def assert_invariants(self) -> None:
         """Called by tests after each step."""

@@ -13,6 +13,7 @@ from engine_proc.request import Sequence
 from pipeline.errors import QuartetError
 from pipeline.ids import frontend_index
 from pipeline.messages import (
+    TOKEN_ROW,
     Admitted,
     AdmittedItem,
     Census,
@@ -48,6 +49,7 @@ class Box:
     epoch: int = 0                                              # of a detokenizer
     opens: list[Open] = field(default_factory=list)
     items: dict[int, TokenOut] = field(default_factory=dict)
+    rows: bytearray = field(default_factory=bytearray)          # of this step; ahead of `items`
     admitted: list[AdmittedItem] = field(default_factory=list)
     failed: list[FailedItem] = field(default_factory=list)
     census: Census | None = None
@@ -55,12 +57,19 @@ class Box:
     stuck: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.items or self.opens or self.admitted or self.failed or self.census)
+        return bool(self.rows or self.items or self.opens or self.admitted or self.failed or self.census)
+
+    def keep(self) -> None:
+        """The rows were refused: as items, what follows can be merged into them."""
+        for rid, start, number in reversed([*TOKEN_ROW.iter_unpack(self.rows)]):
+            waiting = self.items.setdefault(rid, TokenOut(rid, start, b""))
+            waiting.start, waiting.ids = start, number.to_bytes(4, "little") + waiting.ids
+        self.rows = bytearray()
 
     @property
     def size(self) -> int:
         """About how many bytes wait."""
-        return (sum(RECORD_BYTES + len(o.left) + len(o.history) for o in self.opens)
+        return (len(self.rows) + sum(RECORD_BYTES + len(o.left) + len(o.history) for o in self.opens)
                 + sum(RECORD_BYTES + len(t.ids) + _size(t.logprobs) + _size(t.prompt_logprobs)
                       for t in self.items.values())
                 + sum(RECORD_BYTES + len(a.ids) for a in self.admitted) + RECORD_BYTES * len(self.failed))
@@ -89,6 +98,11 @@ class Outputs:
             box = Box(Address(Kind.DETOKENIZER, route.detok), route.detok_epoch)
             self._detoks[route.detok, route.detok_epoch] = box
         start, num_prompt = seq.num_sent, seq.num_prompt
+        if (seq.opened and not finish and logprobs is None and not box.retry_ns and seq.rid not in box.items
+                and len(seq.tokens) == num_prompt + start + 1):
+            seq.num_sent = start + 1
+            box.rows += TOKEN_ROW.pack(seq.rid, start, seq.tokens[-1])
+            return
         ids = seq.tokens[num_prompt + start:].tobytes()
         seq.num_sent = start + (len(ids) >> 2)
         usage = prompt_logprobs = None
@@ -130,7 +144,8 @@ class Outputs:
         """`rids` and those whose last records wait here. A newer census takes the place of one that waits."""
         held = dict.fromkeys(rids)
         for box in self._detoks.values():
-            held.update((rid, None) for rid in box.items if frontend_index(rid) == frontend)
+            waiting = (*box.items, *(rid for rid, _, _ in TOKEN_ROW.iter_unpack(box.rows)))
+            held.update((rid, None) for rid in waiting if frontend_index(rid) == frontend)
         self._frontend(frontend).census = Census(self._index, self._epoch, pack_rids(held))
 
     def _frontend(self, index: int) -> Box:
@@ -167,10 +182,11 @@ class Outputs:
 
     def _send(self, box: Box) -> bool:
         send, to = self._sender.send, box.to
-        for items in _parts(list(box.items.values())) if box.opens or box.items else ():
-            if not send(to, StepOut(self._index, self._epoch, box.epoch, box.opens, items)):
+        for items in _parts(list(box.items.values())) if box.opens or box.items or box.rows else ():
+            if not send(to, StepOut(self._index, self._epoch, box.epoch, box.opens, items, bytes(box.rows))):
+                box.keep()
                 return False
-            box.opens = []
+            box.opens, box.rows = [], bytearray()
             for out in items:
                 del box.items[out.rid]
         if box.admitted:

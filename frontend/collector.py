@@ -58,37 +58,34 @@ class Update:
 
 
 class Buffer:
-    """Collects the output of one choice until it is taken."""
+    """Collects the output of one choice until it is taken; its ids are the choice's own."""
 
-    __slots__ = ("index", "finish", "stop", "reasoning_tokens", "open_call", "_text", "_spans", "_ids", "_logprobs")
+    __slots__ = ("index", "finish", "stop", "reasoning_tokens", "open_call", "_text", "_spans", "_logprobs")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.reasoning_tokens, self.open_call = 0, False
         self._text: list[str] = []
         self._spans: list[tuple[int, int]] = []
-        self._ids = array("I")
         self._logprobs: list[Logprobs] = []
         self.finish = Finish.RUNNING
         self.stop: str | int | None = None
 
-    def add(self, text: str, ids: array[int], logprobs: Logprobs | None,
-            spans: Iterable[tuple[int, int]] = ()) -> None:
+    def add(self, text: str, logprobs: Logprobs | None = None, spans: Iterable[tuple[int, int]] = ()) -> None:
         if text:
             self._text.append(text)
             for kind, chars in spans:
                 append_span(self._spans, kind, chars)
-        if ids:
-            self._ids.extend(ids)
-            if logprobs is not None:
-                self._logprobs.append(logprobs)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
 
     def end(self, finish: Finish, stop: str | int | None) -> None:
         self.finish, self.stop = finish, stop
 
-    def take(self, completion_tokens: int) -> Update:
+    def take(self, ids: array[int], completion_tokens: int) -> Update:
+        """`ids`: those of the output that were not taken yet."""
         text = self._text[0] if len(self._text) == 1 else "".join(self._text)
-        update = Update(self.index, text, self._ids, join(self._logprobs), self.finish, self.stop,
+        update = Update(self.index, text, ids, join(self._logprobs), self.finish, self.stop,
                         completion_tokens, self._spans, self.reasoning_tokens, self.open_call)
-        self._text, self._spans, self._ids, self._logprobs = [], [], array("I"), []
+        self._text, self._spans, self._logprobs = [], [], []
         return update

@@ -200,10 +200,13 @@ class Request:
     def take(self) -> list[Update]:
         """What has come since the last call, one update per choice, in the order of their first news."""
         ready = [c for c in self._dirty.values() if self._due(c) and self._presentable(c)]
+        updates = []
         for choice in ready:
             del self._dirty[choice.index]
-            choice.taken = len(choice.ids)
-        return [c.buffer.take(len(c.ids)) for c in ready]
+            size, taken = len(choice.ids), choice.taken
+            choice.taken = size
+            updates.append(choice.buffer.take(choice.ids[taken:], size))
+        return updates
 
     def _due(self, choice: Choice) -> bool:
         """Whether enough of it is there for an update."""

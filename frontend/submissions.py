@@ -41,10 +41,11 @@ class Submissions:
 
     def find(self, rid: int) -> tuple[Submission, Choice] | None:
         """The running choice with this child id."""
-        submission = self._families.get(family(rid))
-        if submission is None or child(rid) >= len(submission.choices):
+        number = child(rid)
+        submission = self._families.get(rid - number)
+        if submission is None or number >= len(submission.choices):
             return None
-        choice = submission.choices[child(rid)]
+        choice = submission.choices[number]
         return None if choice is None else (submission, choice)
 
     def waiting(self) -> list[Submission]:

@@ -6,7 +6,9 @@ submitted under a fresh one, with the output so far as history. It never blocks 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from frontend.admission import Permit
@@ -21,6 +23,7 @@ from pipeline.errors import CATALOGUE, QuartetError
 from pipeline.families.parts import Part, skip_spans
 from pipeline.ids import RidMaker, child
 from pipeline.messages import (
+    TEXT_ROW,
     Abort,
     AbortReason,
     Admitted,
@@ -268,17 +271,27 @@ class RequestTable:
 
     def _on_deltas(self, message: Deltas) -> None:
         find, now = self._submissions.find, self._now_ns()
+        for rid, offset, start, ids, text in _rows(message):
+            found = find(rid)
+            if found is not None and offset == found[1].chars and start == len(found[1].ids):
+                self._grow(*found, text, ids, None, NO_SPANS, now)
+                found[1].request.touched(found[1])
+            else:
+                self._on_delta(TextDelta(rid, offset, text, start, ids.tobytes()), found, now)
         for delta in message.items:
-            found = find(delta.rid)
-            if found is None:
-                self._observer.unknown("delta")
-                continue
-            try:
-                self._on_delta(delta, *found, now)
-            except ValueError:
-                self._gap(*found)
+            self._on_delta(delta, find(delta.rid), now)
 
-    def _on_delta(self, delta: TextDelta, submission: Submission, choice: Choice, now: int) -> None:
+    def _on_delta(self, delta: TextDelta, found: tuple[Submission, Choice] | None, now: int) -> None:
+        if found is None:
+            self._observer.unknown("delta")
+            return
+        try:
+            self._take_delta(delta, *found, now)
+        except ValueError:
+            self._gap(*found)
+
+    def _take_delta(self, delta: TextDelta, submission: Submission, choice: Choice, now: int) -> None:
+        """ValueError for what does not follow what the choice has, or is no whole."""
         request, buffer = choice.request, choice.buffer
         ids, text, logprobs, spans = unpack_ids(delta.ids), delta.text, delta.logprobs, NO_SPANS
         known, shown = len(choice.ids) - delta.start, choice.chars - delta.offset
@@ -290,22 +303,15 @@ class RequestTable:
             size_of(delta.prompt_logprobs)
         if delta.spans:
             spans = _spans(delta, shown)
-        submission.heard, choice.heard_ns, choice.missing = True, now, 0
-        if submission.num_bytes:
-            self._submissions.leave_tokenizer(submission)
         if known or shown:                                   # what came before is cut
             ids, text = ids[known:], text[shown:]
             logprobs = None if logprobs is None else tail(logprobs, known)
-        choice.chars += len(text)
         if delta.usage is not None or delta.prompt_text is not None or delta.prompt_logprobs is not None:
             self._take_prompt(choice.prompt, choice, delta.prompt_text, delta.prompt_logprobs, delta.usage)
-        buffer.add(text, ids, logprobs, spans)
+        self._grow(submission, choice, text, ids, logprobs, spans, now)
         if delta.reasoning_tokens > buffer.reasoning_tokens:
             buffer.reasoning_tokens = delta.reasoning_tokens
         buffer.open_call = delta.open_call
-        if ids:
-            choice.ids.extend(ids)
-            self._time_tokens(request, choice, len(ids), now)
         if delta.finish:
             if delta.finish in (Finish.ABORT, Finish.ERROR):
                 self._on_engine_gave_up(request, delta.finish, now)
@@ -314,6 +320,18 @@ class RequestTable:
             request.unfinished -= 1
             self._submissions.remove(submission, choice)
         request.touched(choice)
+
+    def _grow(self, submission: Submission, choice: Choice, text: str, ids: array[int], logprobs: Logprobs | None,
+              spans: Sequence[tuple[int, int]], now: int) -> None:
+        """Text and ids that follow what the choice has."""
+        submission.heard, choice.heard_ns, choice.missing = True, now, 0
+        if submission.num_bytes:
+            self._submissions.leave_tokenizer(submission)
+        choice.chars += len(text)
+        choice.buffer.add(text, logprobs if ids else None, spans)
+        if ids:
+            choice.ids.extend(ids)
+            self._time_tokens(choice.request, choice, len(ids), now)
 
     def _take_prompt(self, prompt: Prompt, choice: Choice, text: str | None, logprobs: Logprobs | None,
                      usage: Usage | None) -> None:
@@ -412,6 +430,21 @@ class RequestTable:
             held = sum(len(s.live) for s in self._submissions if s.request is request)
             assert request.done or held == running
         assert {s.request for s in self._submissions} <= self._requests
+
+
+def _rows(message: Deltas) -> Iterator[tuple[int, int, int, array[int], str]]:
+    """Id, offset, start, ids and text of each row; BadFrame, ahead of the first one, where they do not fit each other."""
+    try:
+        rows, ids = [*TEXT_ROW.iter_unpack(message.rows)], unpack_ids(message.ids)
+    except (struct.error, ValueError):
+        raise BadFrame("half a row") from None
+    text, id_, char = message.text, 0, 0
+    if sum([row[3] for row in rows]) != len(ids) or sum([row[4] for row in rows]) != len(text):
+        raise BadFrame("rows that do not cover their ids or text")
+    for rid, offset, start, num_ids, chars in rows:
+        yield rid, offset, start, ids[id_:id_ + num_ids], text[char:char + chars]
+        id_ += num_ids
+        char += chars
 
 
 def _spans(delta: TextDelta, shown: int) -> list[tuple[int, int]]:

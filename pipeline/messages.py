@@ -5,6 +5,7 @@ travel as bytes of little-endian uint32 (`pack_ids`). Which socket carries which
 """
 from __future__ import annotations
 
+import struct
 import sys
 from array import array
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from pipeline.params import Beam, DetokSpec, Grammar, PoolParams, Repetition, Sa
 from pipeline.schema import i64, u8, u16, u32, u64
 
 PROTOCOL = 1
+TOKEN_ROW = struct.Struct("<QII")       # rid, start and id of a TokenOut that has one id and nothing else
+TEXT_ROW = struct.Struct("<QIIII")      # rid, offset and start of a TextDelta, numbers of its ids and of its characters
 assert sys.byteorder == "little" and array("I").itemsize == 4
 
 
@@ -509,13 +512,14 @@ class Transcribed:
 
 @dataclass(slots=True)
 class StepOut:
-    """engine -> detokenizer, one per step and detokenizer: opens first, then tokens."""
+    """engine -> detokenizer, one per step and detokenizer: opens first, then rows, then items."""
 
     engine: u16
     engine_epoch: u32
     detok_epoch: u32                    # whom it is meant for
     opens: list[Open]
     items: list[TokenOut]
+    rows: bytes = b""                   # TOKEN_ROW each: choices that gained an id and nothing else, nearly all of a step
 
 
 @dataclass(slots=True)
@@ -525,6 +529,9 @@ class Deltas:
     detok: u16
     detok_epoch: u32
     items: list[TextDelta]
+    rows: bytes = b""                   # TEXT_ROW each: choices that gained ids and text and nothing else
+    ids: bytes = b""                    # uint32: of the rows, one after the other
+    text: str = ""                      # of the rows, one after the other
 
 
 @dataclass(slots=True)

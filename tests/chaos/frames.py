@@ -17,6 +17,8 @@ from pipeline import codec
 from pipeline.ids import RidMaker
 from pipeline.messages import (
     REGISTRY,
+    TEXT_ROW,
+    TOKEN_ROW,
     Abort,
     Add,
     Adds,
@@ -136,7 +138,9 @@ class Garbage:
         return _bytes(rng.choice((
             Deltas(0, 1, [TextDelta(rid, 0, "again", 0, ids), TextDelta(rid, 900, "a gap", 800, ids, Finish.LENGTH)]),
             StepOut(0, 1, 1, [], [TokenOut(rid, 0, ids, Finish.LENGTH, None, None, None, Usage(2, 0, 2))]),
-            StepOut(0, 1, 1, [], [TokenOut(rid, 5000, ids)]),
+            StepOut(0, 1, 1, [], [TokenOut(rid, 5000, ids)]), StepOut(0, 1, 1, [], [], TOKEN_ROW.pack(rid, 5000, 7)),
+            Deltas(0, 1, [], TEXT_ROW.pack(rid, 900, 800, 2, 5), ids, "a gap"),
+            Deltas(0, 1, [], TEXT_ROW.pack(rid, 0, 0, 3, 5), ids, "short"),
             Abort(pack_rids([rid, rid + 1]), rng.randrange(256)), StopHit(rid, rng.randrange(1000)),
             Admitted(0, 1, [AdmittedItem(rid, ids)]), Failed(1, 0, 1, [FailedItem(rid, "no such code", "text")]),
             Census(0, 1, pack_rids([rid])))))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from detok_proc.stream import ByteText
 from detok_proc.vocab import Vocab
 from detok_proc.worker import DetokWorker, Vocabs
 from pipeline import codec
@@ -17,6 +18,8 @@ from pipeline.config import ModelConfig, ServerConfig
 from pipeline.errors import StartError
 from pipeline.ids import RidMaker
 from pipeline.messages import (
+    TEXT_ROW,
+    TOKEN_ROW,
     Abort,
     Deltas,
     Failed,
@@ -35,6 +38,7 @@ from pipeline.messages import (
 from pipeline.params import DetokSpec
 from pipeline.schema import BadFrame
 from pipeline.transport import Address
+from tests import rows
 from tests.detok_proc import zoo
 
 BYTE_LEVEL = Vocab(zoo.byte_level(), zoo.special_ids(zoo.byte_level()))
@@ -71,7 +75,7 @@ class Sent:
 
     def deltas(self, frontend: int = 0) -> list[TextDelta]:
         return [item for to, message in self.take(Deltas) if to == Address(Kind.FRONTEND, frontend)
-                for item in message.items]
+                for item in rows.deltas(message)]
 
 
 class Bench:
@@ -91,7 +95,7 @@ class Bench:
     def step(self, *items: TokenOut, opens: list[Open] | None = None, engine: int = 1, engine_epoch: int = 7,
              detok_epoch: int = 5) -> None:
         message = StepOut(engine, engine_epoch, detok_epoch, opens or [], list(items))
-        self.worker.handle(codec.decode(codec.encode(message)))
+        self.worker.handle(codec.decode(codec.encode(rows.step(message))))
         self.worker.assert_invariants()
 
     def turn(self) -> list[TextDelta]:
@@ -143,7 +147,7 @@ def test_what_one_turn_gathers_is_one_delta_per_choice_and_one_message_per_front
     bench.step(out(mine, 1, b[1:]))
     bench.worker.turn()
     messages = {to.index: message for to, message in bench.sent.take(Deltas)}
-    assert {to: [(d.rid, d.text, d.start) for d in m.items] for to, m in messages.items()} == {
+    assert {to: [(d.rid, d.text, d.start) for d in rows.deltas(m)] for to, m in messages.items()} == {
         0: [(mine, "The dog", 0), (twin, "The", 0)], 3: [(other, "ab", 0)]}
     assert (messages[0].detok, messages[0].detok_epoch) == (2, 5)
 
@@ -522,6 +526,43 @@ def test_one_choice_that_fails_does_not_disturb_its_neighbours(spec: DetokSpec, 
     assert bench.open_choices == 1
 
 
+def test_a_row_that_cannot_be_decoded_ends_its_choice_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, rid, neighbour, [number] = Bench(), RIDS.next(), RIDS.next(), ids_of("dog")[:1]
+    bench.open(rid)
+    bench.open(neighbour)
+
+    def refuse(self: ByteText, number: int) -> str:
+        raise ValueError("no such id")
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteText, "push", refuse)
+        bench.step(out(rid, 0, [number]))
+    bench.step(out(rid, 1, [number]), out(neighbour, 0, [number]))
+    assert [(d.rid, d.ids) for d in bench.turn()] == [(neighbour, pack_ids([number]))]
+    [(_, failed)] = bench.sent.take(Failed)
+    assert [(item.rid, item.code) for item in failed.items] == [(rid, "internal_error")]
+    assert bench.open_choices == 1 and bench.metric("quartet:detok_dropped_total", reason="unknown") == 1
+
+
+def test_half_a_row_is_a_bad_frame_of_which_nothing_is_taken() -> None:
+    bench, rid = Bench(), RIDS.next()
+    whole = TOKEN_ROW.pack(rid, 0, 5)
+    with pytest.raises(BadFrame):
+        bench.worker.handle(StepOut(1, 7, 5, [Open(rid, DetokSpec(), b"", b"")], [], whole + whole[:-1]))
+    assert bench.turn() == [] and bench.open_choices == 0
+
+
+@pytest.mark.parametrize("spec", [DetokSpec(), DetokSpec(stop=["never"])])
+def test_text_and_ids_alone_travel_as_rows_and_what_has_more_to_tell_as_a_delta(spec: DetokSpec) -> None:
+    bench, plain, ended = Bench(), RIDS.next(), RIDS.next()
+    bench.open(plain, spec)
+    bench.open(ended, spec)
+    bench.step(out(plain, 0, ids_of("dog")), out(ended, 0, ids_of("dog"), Finish.LENGTH))
+    bench.worker.turn()
+    [(_, message)] = bench.sent.take(Deltas)
+    assert [item.rid for item in message.items] == [ended] and message.text == "dog"
+    assert [*TEXT_ROW.iter_unpack(message.rows)] == [(plain, 0, 0, len(ids_of("dog")), 3)]
+
+
 def test_large_output_is_split_into_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("detok_proc.worker.MAX_DELTAS_BYTES", 200)
     bench, rids = Bench(), [RIDS.next() for _ in range(5)]
@@ -530,7 +571,7 @@ def test_large_output_is_split_into_messages(monkeypatch: pytest.MonkeyPatch) ->
     bench.step(*[out(rid, 0, ids_of("dog")) for rid in rids])
     bench.worker.turn()
     messages = bench.sent.take(Deltas)
-    assert len(messages) == 3 and [d.rid for _, m in messages for d in m.items] == rids
+    assert len(messages) == 3 and [d.rid for _, m in messages for d in rows.deltas(m)] == rids
 
 
 @settings(max_examples=100, deadline=None)

@@ -474,6 +474,24 @@ def test_a_stuck_detokenizer_s_choices_end_and_memory_stays_bounded() -> None:
     assert world.outcome(stuck).ids == world.expected(stuck)[0][:len(world.outcome(stuck).ids)]
 
 
+def test_ids_that_a_detokenizer_refuses_are_merged_into_one_record_a_choice() -> None:
+    world = World()
+    first, second = (world.submit([n, 2], max_tokens=30, ignore_eos=True) for n in (1, 3))
+    world.turn(5)
+    sent = world.sent[DETOK]
+    world.refusing = {DETOK}
+    for _ in range(8):
+        world.turn()                          # the clock stands: nobody tries again
+    [waiting] = world.engine.outputs._detoks.values()
+    assert not waiting.rows and {rid: len(out.ids) // 4 for rid, out in waiting.items.items()} == {first: 8, second: 8}
+    world.refusing.clear()
+    world.now += 5_000_000
+    world.turn()
+    assert world.sent[DETOK] == sent + 1
+    world.run()
+    assert [world.output(rid) for rid in (first, second)] == [world.expected(rid) for rid in (first, second)]
+
+
 def test_nothing_is_opened_at_a_stuck_detokenizer() -> None:
     world = World(max_pending=300)
     world.refusing = {DETOK}

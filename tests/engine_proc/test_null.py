@@ -37,6 +37,7 @@ from pipeline.messages import (
     unpack_ids,
 )
 from pipeline.transport import Address
+from tests import rows
 from tests.engine_proc.harness import EOS, VOCAB, engine_config, make_add, make_seq
 from tests.waiting import until
 
@@ -178,17 +179,18 @@ def test_an_engine_process_serves_and_stops(process: Process) -> None:
         step = process.receive(process.detok)
         assert isinstance(step, StepOut) and step.engine_epoch == 7
         assert [opened.rid for opened in step.opens] == ([] if ids else [first])
-        ids += unpack_ids(step.items[0].ids)
-        if step.items[0].finish:
+        [out] = rows.tokens(step)
+        ids += unpack_ids(out.ids)
+        if out.finish:
             break
-    assert ids == [7, 8, 9, 10] and step.items[0].finish == Finish.LENGTH
+    assert ids == [7, 8, 9, 10] and out.finish == Finish.LENGTH
 
     process.send(process.data, Adds([process.add(second, max_tokens=1500, ignore_eos=True)]))
     process.receive(process.detok)
     process.send(process.control, Abort(pack_rids([second]), AbortReason.CLIENT_GONE))
-    while not isinstance(step := process.receive(process.detok), StepOut) or not step.items[0].finish:
+    while not isinstance(step := process.receive(process.detok), StepOut) or not rows.tokens(step)[-1].finish:
         pass
-    assert step.items[0].finish == Finish.ABORT
+    assert rows.tokens(step)[-1].finish == Finish.ABORT
 
     until(lambda: process.ready() and process.watcher.latest[Kind.ENGINE, 0].beacon.load.kv_total == 99)
     until(lambda: process.ready() and any(

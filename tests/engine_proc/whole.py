@@ -13,6 +13,7 @@ from pipeline.config import EngineConfig, ModelConfig, ServerConfig
 from pipeline.ids import RidMaker
 from pipeline.messages import Add, Adds, Failed, Finish, Logprobs, Route, StepOut, unpack_ids
 from pipeline.transport import Address
+from tests import rows
 from tests.engine_proc.harness import make_add
 
 EPOCH = 3
@@ -53,7 +54,7 @@ class Engine:
     def send(self, to: Address, message: Any) -> bool:
         message = codec.decode([bytes(f) for f in codec.encode(message)])
         if isinstance(message, StepOut):
-            for out in message.items:
+            for out in rows.tokens(message):
                 told = self.told[out.rid]
                 told.ids += unpack_ids(out.ids)
                 told.finish, told.stop_id = Finish(out.finish), out.stop_id

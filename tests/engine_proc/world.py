@@ -38,6 +38,7 @@ from pipeline.messages import (
 )
 from pipeline.params import DetokSpec
 from pipeline.transport import Address
+from tests import rows
 from tests.engine_proc.harness import EOS, KvRunner, alone, engine_config, make_add
 
 EPOCH = 3
@@ -69,11 +70,11 @@ class DetokPeer:
         assert isinstance(message, StepOut) and message.engine_epoch == EPOCH
         if message.detok_epoch != self.epoch:
             return
-        assert message.opens or message.items
+        assert message.opens or message.items or message.rows
         for opened in message.opens:
             assert opened.rid not in self.open and opened.rid not in self.closed, "opened twice"
             self.open[opened.rid] = Entry(opened)
-        for out in message.items:
+        for out in rows.tokens(message):
             entry = self.open[out.rid]               # KeyError: a record for what was never opened, or is closed
             ids = unpack_ids(out.ids)
             assert out.start == len(entry.output[0]), "ids are missing or repeated"

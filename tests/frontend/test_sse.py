@@ -139,7 +139,7 @@ def finished(asked: Ask, request: Request, *outputs: tuple[str, list[int], Finis
     for choice, (text, ids, finish) in zip(request.choices, outputs):
         choice.ids.extend(ids)
         found = made(ids, asked.logprobs, [text] * len(ids)) if asked.logprobs is not None else None
-        choice.buffer.add(text, array("I", ids), found)
+        choice.buffer.add(text, found)
         choice.buffer.end(finish, None)
         request.unfinished -= 1
         request.touched(choice)

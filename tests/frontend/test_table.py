@@ -9,7 +9,19 @@ from frontend.admission import Admission
 from frontend.request import Request
 from pipeline.config import LimitsConfig
 from pipeline.errors import QuartetError
-from pipeline.messages import AbortReason, DetokenizeQuery, Finish, Kind, Load, State, TokenizeAnswer, TokenizeQuery
+from pipeline.messages import (
+    TEXT_ROW,
+    AbortReason,
+    Deltas,
+    DetokenizeQuery,
+    Finish,
+    Kind,
+    Load,
+    State,
+    TokenizeAnswer,
+    TokenizeQuery,
+    pack_ids,
+)
 from pipeline.params import DetokSpec
 from pipeline.schema import BadFrame
 from pipeline.transport import Address
@@ -89,6 +101,20 @@ def test_deltas_for_finished_aborted_and_unknown_ids_are_ignored_and_counted() -
     w.table.close(request)
     w.delta(rid + 1, "late", [3])
     assert w.counts.strangers == ["delta"] * 4
+
+
+@pytest.mark.parametrize(("ids", "text", "cut"), [
+    ([1], "abc", 0), ([1, 2, 3], "abc", 0), ([1, 2], "ab", 0), ([1, 2], "abcd", 0), ([1, 2], "abc", 1)])
+def test_rows_that_do_not_fit_their_ids_and_text_are_a_bad_frame_of_which_nothing_is_taken(
+        ids: list[int], text: str, cut: int) -> None:
+    w = World()
+    request = w.open()
+    row = TEXT_ROW.pack(w.submits()[0].rid, 0, 0, 2, 3)
+    with pytest.raises(BadFrame):
+        w.table.handle(Deltas(0, 1, [], row[cut:], pack_ids(ids), text))
+    assert not request.take() and not request.choices[0].ids
+    w.table.handle(Deltas(0, 1, [], row, pack_ids([1, 2]), "abc"))
+    assert text_of(request) == {0: "abc"} and list(request.choices[0].ids) == [1, 2]
 
 
 def test_repeated_output_is_cut() -> None:

@@ -32,6 +32,7 @@ from pipeline.messages import (
 )
 from pipeline.params import DetokSpec, SamplingParams
 from pipeline.transport import Address
+from tests import rows
 
 SECOND = 10**9
 
@@ -154,7 +155,7 @@ class World:
     def delta(self, rid: int, text: str = "", ids: list[int] | None = None, *, offset: int = 0, start: int = 0,
               finish: Finish = Finish.RUNNING, **changes: Any) -> None:
         item = TextDelta(rid, offset, text, start, pack_ids(ids or []), finish, **changes)
-        self.table.handle(Deltas(0, 1, [item]))
+        self.table.handle(rows.texts(Deltas(0, 1, [item])))
         self.table.assert_invariants()
 
     def fail(self, rid: int, code: str = "invalid_value", message: str = "no", param: str | None = None) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pipeline.config import ModelConfig
 from pipeline.errors import QuartetError
 from pipeline.messages import AudioWindow, Kind, Route, SpeechAdd, SubmitAudio, unpack_ids
+from pipeline.schema import BadFrame
 from pipeline.transport import Address
 from tokenizer_proc.audio.process import DecoderProcess, WorkerDied
 from tokenizer_proc.audio.protocol import Command, NoWindow, WindowAnswer
@@ -69,10 +70,15 @@ class Recordings:
     # ---- from the frontend -----------------------------------------------------------------------------------
 
     def submit(self, message: SubmitAudio) -> None:
+        """BadFrame for what no frontend sends."""
         if len(self._held) >= MAX_RECORDINGS:
             self._fail(message.rid, QuartetError("server_overloaded", "Too many recordings are being decoded; retry soon."))
             return
-        recording = Recording(message, self._next_job, message.credit, frozenset(unpack_ids(message.done)))
+        try:
+            done = frozenset(unpack_ids(message.done))
+        except ValueError:
+            raise BadFrame("ragged numbers of windows") from None
+        recording = Recording(message, self._next_job, message.credit, done)
         self._next_job += 1
         self._held[message.rid] = self._jobs[recording.job] = recording
 

@@ -17,6 +17,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import QuartetError
 from pipeline.messages import Route, SpeechAdd, SubmitAudio, pack_ids
 from pipeline.params import SamplingParams, SpeechParams
+from pipeline.schema import BadFrame
 from tests.tokenizer_proc.audio.sounds import tone, write
 from tests.waiting import until
 from tokenizer_proc.audio import recordings as module
@@ -67,6 +68,12 @@ def desk(model: Path) -> Iterator[Desk]:
     made = Desk(model)
     yield made
     made.held.close()
+
+
+def test_ragged_numbers_of_windows_are_a_bad_frame(desk: Desk) -> None:
+    with pytest.raises(BadFrame):
+        desk.held.submit(SubmitAudio(1, Route(0, 1, 0, 1, 0, 0), 0, "/nowhere", PARAMS, 1, b"\0\0\0", 0))
+    assert not len(desk.held)
 
 
 def test_windows_travel_with_their_features(desk: Desk, model: Path, tmp_path: Path) -> None:

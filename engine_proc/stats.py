@@ -1,9 +1,11 @@
 """The engine's Prometheus metrics, under vLLM's names where they mean the same.
 
-Engine process, no torch. Gauges read the scheduler when they are scraped (from the beacon's thread: plain integers
-only); counters are fed a few times per step with sums, histograms once per finished request.
+Engine process, no torch. Gauges and what is counted with every step are plain integers that are read when they are
+scraped, from the beacon's thread; counters of what is rarer and histograms of requests are prometheus_client's.
 """
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -11,6 +13,7 @@ from engine_proc.request import Sequence
 from engine_proc.scheduler import Scheduler
 from pipeline.ids import child
 from pipeline.messages import Finish
+from pipeline.metrics import Reading, Tallies, Tally
 
 LATENCIES_S = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 PER_TOKEN_S = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -38,11 +41,14 @@ class Stats:
         def counter(name: str, help: str) -> Counter:
             return Counter(name, help, list(labels), registry=registry).labels(**labels)
 
+        def reading(name: str, help: str, read: Callable[[], int]) -> None:
+            registry.register(Reading(name, help, labels, read))  # type: ignore[arg-type]
+
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, help, list(labels), registry=registry, buckets=buckets).labels(**labels)
 
-        self._scheduler = scheduler
-        self._seen = [0, 0, 0]
+        self._step_tokens = Tally(STEP_TOKENS)
+        self._generated = self._prompted = 0
         pool = scheduler.pool
         gauge("vllm:num_requests_running", "Sequences in the batch.").set_function(lambda: len(scheduler.running))
         gauge("vllm:num_requests_waiting", "Sequences that wait.").set_function(lambda: scheduler.num_waiting)
@@ -51,12 +57,13 @@ class Stats:
         Gauge("vllm:cache_config_info", "The KV cache: 1, with its configuration as labels.",
               ["engine", "block_size", "num_gpu_blocks", "enable_prefix_caching"], registry=registry).labels(
             str(index), str(pool.block_size), str(pool.num_blocks), str(pool.caching)).set(1)
-        self._cache_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self._cache_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._preemptions = counter("vllm:num_preemptions", "Sequences whose blocks were taken back.")
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of requests that began to answer.")
-        self._generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed per step.", STEP_TOKENS)
+        reading("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda: scheduler.cache_queries)
+        reading("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda: scheduler.cache_hits)
+        reading("vllm:num_preemptions", "Sequences whose blocks were taken back.", lambda: scheduler.num_preemptions)
+        reading("vllm:prompt_tokens", "Prompt tokens of requests that began to answer.", lambda: self._prompted)
+        reading("vllm:generation_tokens", "Tokens generated.", lambda: self._generated)
+        registry.register(Tallies("vllm:iteration_tokens_total", "Tokens computed per step.", list(labels),
+                                  {tuple(labels.values()): self._step_tokens}))
         self._queue_s = histogram("vllm:request_queue_time_seconds", "Waiting, before the first step.", LATENCIES_S)
         self._inference_s = histogram("vllm:request_inference_time_seconds", "First step to the end.", LATENCIES_S)
         self._per_token_s = histogram(
@@ -81,16 +88,8 @@ class Stats:
     def step(self, num_tokens: int, generated: int, prompt_tokens: int) -> None:
         """A step was collected."""
         self._step_tokens.observe(num_tokens)
-        if generated:
-            self._generation_tokens.inc(generated)
-        if prompt_tokens:
-            self._prompt_tokens.inc(prompt_tokens)
-        scheduler = self._scheduler
-        now = [scheduler.cache_queries, scheduler.cache_hits, scheduler.num_preemptions]
-        if now != self._seen:
-            for total, seen, metric in zip(now, self._seen, (self._cache_queries, self._cache_hits, self._preemptions)):
-                metric.inc(total - seen)
-            self._seen = now
+        self._generated += generated
+        self._prompted += prompt_tokens
 
     def finished(self, seq: Sequence, now: int) -> None:
         self._finished[seq.finish].inc()

@@ -6,10 +6,10 @@ answer /metrics for all. Label sets are closed: nothing that a caller sends beco
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.utils import floatToGoString
 
@@ -52,6 +52,18 @@ class Tallies:
                 seen += count
                 buckets.append((bound, seen))
             family.add_metric(values, buckets, tally.total)
+        yield family
+
+
+class Reading:
+    """A counter whose value is kept elsewhere and read when it is shown, to be registered with a registry."""
+
+    def __init__(self, name: str, text: str, labels: Mapping[str, str], read: Callable[[], float]) -> None:
+        self._name, self._text, self._labels, self._read = name, text, labels, read
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), self._read())
         yield family
 
 

@@ -199,13 +199,8 @@ class EngineCore:
         moved = False
         if self.grammars.ready:
             self._let_in()
-        for seq in (*self.searches.reap(), *self.scheduler.reap()):
-            moved = True
-            if seq.rid < 0:
-                self._searched(seq, ItemResult(), now)
-            else:
-                self._finish(seq, now)
-                self.outputs.emit(seq)
+        if self.scheduler.marked or self.searches.marked:
+            moved = self._reap(now)
         plan = None
         if not (self._in_flight and isinstance(self._in_flight[-1][1], _LaunchFailed)):
             self.scheduler.stalled = self.outputs.stalled
@@ -225,6 +220,17 @@ class EngineCore:
             self._mark(seq for seq in self.sequences.values() if (
                 frontend_index(seq.rid) == box.to.index if box.to.kind is Kind.FRONTEND
                 else (seq.route.detok, seq.route.detok_epoch) == (box.to.index, box.epoch)))
+
+    def _reap(self, now: int) -> bool:
+        """End what is marked and in no step; whether there was any."""
+        ended = (*self.searches.reap(), *self.scheduler.reap())
+        for seq in ended:
+            if seq.rid < 0:
+                self._searched(seq, ItemResult(), now)
+            else:
+                self._finish(seq, now)
+                self.outputs.emit(seq)
+        return bool(ended)
 
     def _launch(self, plan: StepPlan) -> None:
         try:

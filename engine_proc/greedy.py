@@ -64,7 +64,9 @@ class GreedySteps:
 
     def __init__(self, model: Model, slots: Slots, block_size: int, max_seqs: int, max_blocks: int) -> None:
         self._model, self._slots, self._block_size = model, slots, block_size
-        self._room = Batch.room(max_seqs, max_blocks, model.hidden_size)
+        self._room = room = Batch.room(max_seqs, max_blocks, model.hidden_size)
+        # Between two steps the caches are cold, and NumPy would touch more code than this.
+        self._views = tuple(memoryview(array) for array in (room.ids, room.positions, room.slots, room.context_lens))
         self._seqs: list[Sequence] = []                 # of the step before this one, and of each
         self._starts: list[int] = []                    # the position
         self._preemptions: list[int] = []               # and how often it had lost its blocks
@@ -81,23 +83,19 @@ class GreedySteps:
             return None
         if not self._goes_on(items) and not self._start(items):
             return None
-        starts, size = self._starts, self._block_size
-        count = len(starts)
+        size, count = self._block_size, len(items)
         calls = self._calls.get(count)
         if calls is None:
             calls = self._calls[count] = self._model.bind(self._room.first(count))
         batch = calls.batch
-        ids, where = [], []                             # plain lists: between two steps the caches are cold
+        ids, positions, where, lens = self._views
         for row, item in enumerate(items):
             seq, start = item.seq, item.start
             number, offset = divmod(start, size)
             block = seq.block_table[number]
-            ids.append(seq.tokens[start])
-            where.append(block * size + offset)
+            ids[row], positions[row], where[row], lens[row] = seq.tokens[start], start, block * size + offset, start + 1
             if not offset:                              # its first token in a block
                 batch.tables[row, number] = block
-        batch.ids[:], batch.slots[:], batch.positions[:] = ids, where, starts
-        np.add(batch.positions, 1, out=batch.context_lens)
         return calls
 
     def _goes_on(self, items: list[PlanItem]) -> bool:

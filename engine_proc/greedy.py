@@ -66,7 +66,7 @@ class GreedySteps:
         self._model, self._slots, self._block_size = model, slots, block_size
         self._room = room = Batch.room(max_seqs, max_blocks, model.hidden_size)
         # Between two steps the caches are cold, and NumPy would touch more code than this.
-        self._views = tuple(memoryview(array) for array in (room.ids, room.positions, room.slots, room.context_lens))
+        self._views = tuple(array.data for array in (room.ids, room.positions, room.slots, room.context_lens))
         self._seqs: list[Sequence] = []                 # of the step before this one, and of each
         self._starts: list[int] = []                    # the position
         self._preemptions: list[int] = []               # and how often it had lost its blocks

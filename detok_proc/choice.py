@@ -27,7 +27,7 @@ class Choice:
     """`have` output ids were decoded and `chars` characters of their text released; `sent_*` of them left the stage."""
 
     __slots__ = (
-        "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "finish",
+        "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "more", "finish",
         "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts", "_ids",
         "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans", "_simple")
 
@@ -38,6 +38,7 @@ class Choice:
         self.have = self.chars = 0
         self.stopped = False                  # by a stop string; the engine's closing record is still to come
         self.waiting = False                  # in the worker's list of choices with output
+        self.more = True                      # something waits that is neither text nor ids
         self._vocab = vocab
         self._answer = Answer.open(spec, vocab, left)
         self._text = open_text(
@@ -61,6 +62,7 @@ class Choice:
         elif spec.echo:
             self._prompt_text = whole_text(vocab, left, skip_special=spec.skip_special and not spec.echo_special)
         self.sent_have, self.sent_chars = self.have, self.chars
+        self.more = self._answer is not None or self._prompt_text is not None or self.stopped
         if self.stopped:
             self._say(self._last_words(""))
 
@@ -103,6 +105,7 @@ class Choice:
             self._name(prompt, self._left[self._left_done:self._left_done + count])
             self._left_done += count
             self._prompt_logprobs.append(prompt)
+            self.more = True
         if out.usage is not None:
             self._usage = self._new_usage = out.usage
         if finish and finish in ENDS and not self._include_stop:
@@ -122,6 +125,7 @@ class Choice:
                               else REPEATED if finish == Finish.REPETITION else None)
         self.have += count
         self.finish = finish
+        self.more |= bool(finish) or logprobs is not None or self._new_usage is not None
         self._ids.frombytes(packed)
         self._say(text)
         if logprobs is not None:
@@ -132,19 +136,19 @@ class Choice:
         self._new_usage = Usage(usage.prompt_tokens, usage.cached_tokens, self.have)
         return self.have
 
-    def put_into(self, rows: bytearray, ids: array[int], texts: list[str]) -> bool:
-        """Add what waits to the rows of a message; False where it takes a `delta`. Call `sent` when it was taken."""
-        if (self._answer is not None or self.finish or self._logprobs or self._new_usage is not None
-                or self._prompt_text is not None or self._prompt_logprobs):
-            return False
-        rows += TEXT_ROW.pack(
-            self.rid, self.sent_chars, self.sent_have, self.have - self.sent_have, self.chars - self.sent_chars)
+    def put_into(self, rows: bytearray, ids: array[int], texts: list[str], chars: int) -> int:
+        """Add the text and ids that wait to the rows of a message that has so many characters; how many it has then.
+
+        Call `sent` when it was taken.
+        """
         ids += self._ids
         texts += self._texts
-        return True
+        chars += self.chars - self.sent_chars
+        rows += TEXT_ROW.pack(self.rid, self.sent_chars, self.sent_have, len(ids), chars)
+        return chars
 
     def delta(self) -> TextDelta:
-        """Everything that waits, as one delta. Call `sent` when it was taken."""
+        """Everything that waits, as one delta: where there is `more`. Call `sent` when it was taken."""
         made = TextDelta(
             self.rid, self.sent_chars, "".join(self._texts), self.sent_have, self._ids.tobytes(), self.finish, self._stop,
             _join(self._logprobs) if self._logprobs else None, self._prompt_text,
@@ -157,13 +161,13 @@ class Choice:
     def sent(self) -> None:
         self.sent_have, self.sent_chars, self.waiting = self.have, self.chars, False
         self._texts.clear()
-        self._spans.clear()
         del self._ids[:]
-        self._prompt_text = self._new_usage = None
-        if self._logprobs:
+        if self.more:
+            self.more = self._answer is not None or self.stopped
+            self._spans.clear()
             self._logprobs.clear()
-        if self._prompt_logprobs:
             self._prompt_logprobs.clear()
+            self._prompt_text = self._new_usage = None
 
     @property
     def size(self) -> int:
@@ -179,6 +183,8 @@ class Choice:
         assert self._answer is None or sum(n for _, n in self._spans) == self.chars - self.sent_chars
         assert len(self._ids) == self.have - self.sent_have
         assert not self.stopped or self.finish == Finish.STOP_STRING
+        assert self.more or not (self.finish or self._answer or self._logprobs or self._prompt_logprobs or self._new_usage
+                                 or self._prompt_text)
 
     def _decode(self, numbers: Sequence[int]) -> tuple[str, int]:
         """(text released by the next ids, how many of the ids were used: fewer than all where the text is cut)."""

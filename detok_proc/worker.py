@@ -170,11 +170,13 @@ class DetokWorker:
         for rid, start, number in rows:
             choice = known(rid)
             try:
-                if choice is None or not choice.push(start, number):
-                    self._token(TokenOut(rid, start, number.to_bytes(4, "little")))
-                    continue
+                alone = choice is not None and choice.push(start, number)
             except Exception:
+                assert choice is not None
                 self._broken(choice)
+                continue
+            if choice is None or not alone:
+                self._token(TokenOut(rid, start, number.to_bytes(4, "little")))
                 continue
             self._new_tokens += 1
             if not choice.waiting:
@@ -256,26 +258,31 @@ class DetokWorker:
             if self._sender.pressure(to) >= 1.0:      # do not build what will not be taken
                 self._stuck = True
                 break
-            end, size = begin, 0
-            while end < len(waiting) and size < MAX_DELTAS_BYTES:
-                size += waiting[end].size
-                end += 1
-            if not self._send(to, self._deltas(waiting[begin:end])):
+            message, count = self._deltas(waiting[begin:])
+            if not self._send(to, message):
                 break
-            for choice in waiting[begin:end]:
+            for choice in waiting[begin:begin + count]:
                 choice.sent()
-            begin = end
+            begin += count
         if begin == len(waiting):
             del self._waiting[frontend]
         else:
             del waiting[:begin]
 
-    def _deltas(self, choices: list[Choice]) -> Deltas:
+    def _deltas(self, choices: list[Choice]) -> tuple[Deltas, int]:
+        """A message with what waits of the first choices, and how many they are: as many as fit."""
         items, rows, ids, texts = list[TextDelta](), bytearray(), array("I"), list[str]()
+        size = count = chars = 0
         for choice in choices:
-            if not choice.put_into(rows, ids, texts):
+            if size + len(rows) + 2 * chars >= MAX_DELTAS_BYTES:
+                break
+            count += 1
+            if choice.more:
                 items.append(choice.delta())
-        return Deltas(self._index, self._epoch, items, bytes(rows), ids.tobytes(), "".join(texts))
+                size += choice.size
+            else:
+                chars = choice.put_into(rows, ids, texts, chars)
+        return Deltas(self._index, self._epoch, items, bytes(rows), ids.tobytes(), "".join(texts)), count
 
     def assert_invariants(self) -> None:
         """Called by tests after each step."""

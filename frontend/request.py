@@ -149,7 +149,7 @@ class Request:
     """One accepted request. Readers call `take` after each wake-up and `RequestTable.close` in the end."""
 
     __slots__ = ("spec", "choices", "error", "closed", "arrival_ns", "first_token_ns", "unfinished", "permit",
-                 "families", "ended", "_wake", "_dirty", "__weakref__")
+                 "families", "ended", "_wake", "_eager", "_dirty", "__weakref__")
 
     def __init__(self, spec: Spec, wake: Callable[[], None], permit: Permit | None, now_ns: int) -> None:
         self.spec = spec
@@ -164,6 +164,7 @@ class Request:
         self.families: set[int] = set()
         self.ended: AbortReason | None = None               # why it was not completed
         self._wake = wake
+        self._eager = spec.stream and spec.stream_interval == 1       # every id is due
         self._dirty: dict[int, Choice] = {}
 
     @property
@@ -190,8 +191,8 @@ class Request:
 
     def touched(self, choice: Choice) -> None:
         """`choice` has something for the reader."""
-        self._dirty[choice.index] = choice
-        if self.done or (self.spec.stream and self._due(choice)):
+        self._dirty[choice.buffer.index] = choice
+        if self._eager or self.done or (self.spec.stream and self._due(choice)):
             self._wake()
 
     def wake(self) -> None:

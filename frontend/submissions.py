@@ -23,6 +23,7 @@ class Submissions:
     def __init__(self, rids: RidMaker, stages: Stages, sender: Sender, now_ns: Callable[[], int]) -> None:
         self._rids, self._stages, self._sender, self._now_ns = rids, stages, sender, now_ns
         self._families: dict[int, Submission] = {}
+        self._running: dict[int, tuple[Submission, Choice]] = {}      # by child id
         self._waiting: dict[int, Submission] = {}           # not sent: a stage is missing or its outbox is full
         self._alone: dict[int, int] = {}                    # engine -> the one family that runs alone there
         self.engine_load: Counter[int] = Counter()          # choices at each engine
@@ -41,12 +42,7 @@ class Submissions:
 
     def find(self, rid: int) -> tuple[Submission, Choice] | None:
         """The running choice with this child id."""
-        number = child(rid)
-        submission = self._families.get(rid - number)
-        if submission is None or number >= len(submission.choices):
-            return None
-        choice = submission.choices[number]
-        return None if choice is None else (submission, choice)
+        return self._running.get(rid)
 
     def waiting(self) -> list[Submission]:
         return list(self._waiting.values())
@@ -57,6 +53,7 @@ class Submissions:
         submission.alone = any(c.deaths >= ALONE_AFTER for c in choices)
         for j, choice in enumerate(choices):
             choice.rid, choice.missing, choice.heard_ns = submission.family + j, 0, self._now_ns()
+            self._running[choice.rid] = submission, choice
             prompt.forget_logprobs(choice.number)
         self._families[submission.family] = submission
         request.families.add(submission.family)
@@ -88,6 +85,8 @@ class Submissions:
     def drop(self, submission: Submission) -> None:
         """Take a submission out of every index."""
         del self._families[submission.family]
+        for choice in submission.live:
+            del self._running[choice.rid]
         self._waiting.pop(submission.family, None)
         submission.request.families.discard(submission.family)
         if submission.route is not None:
@@ -104,6 +103,7 @@ class Submissions:
         """Take one choice out; the family's id stays known while a sibling runs."""
         assert submission.route is not None
         submission.choices[child(choice.rid)] = None
+        del self._running[choice.rid]
         self.engine_load[submission.route.engine] -= 1
         if not submission.live:
             self.drop(submission)
@@ -142,6 +142,7 @@ class Submissions:
                 engines[submission.route.engine] += len(submission.live)
                 tokenizers[submission.route.tokenizer] += submission.num_bytes
                 assert not submission.past_tokenizer or not submission.num_bytes
+        assert self._running == {c.rid: (s, c) for s in self._families.values() for c in s.live}
         assert set(self._waiting) <= set(self._families)
         assert +self.engine_load == +engines, (self.engine_load, engines)
         assert all(self.tokenizer_load[i] >= size for i, size in tokenizers.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from frontend.admission import Permit
@@ -271,13 +271,16 @@ class RequestTable:
 
     def _on_deltas(self, message: Deltas) -> None:
         find, now = self._submissions.find, self._now_ns()
-        for rid, offset, start, ids, text in _rows(message):
-            found = find(rid)
+        rows, ids, text = _rows(message)
+        id_ = char = 0
+        for rid, offset, start, ids_end, text_end in rows:
+            found, new_ids, new_text = find(rid), ids[id_:ids_end], text[char:text_end]
+            id_, char = ids_end, text_end
             if found is not None and offset == found[1].chars and start == len(found[1].ids):
-                self._grow(*found, text, ids, None, NO_SPANS, now)
+                self._grow(*found, new_text, new_ids, None, NO_SPANS, now)
                 found[1].request.touched(found[1])
             else:
-                self._on_delta(TextDelta(rid, offset, text, start, ids.tobytes()), found, now)
+                self._on_delta(TextDelta(rid, offset, new_text, start, new_ids.tobytes()), found, now)
         for delta in message.items:
             self._on_delta(delta, find(delta.rid), now)
 
@@ -432,19 +435,16 @@ class RequestTable:
         assert {s.request for s in self._submissions} <= self._requests
 
 
-def _rows(message: Deltas) -> Iterator[tuple[int, int, int, array[int], str]]:
-    """Id, offset, start, ids and text of each row; BadFrame, ahead of the first one, where they do not fit each other."""
+def _rows(message: Deltas) -> tuple[Iterable[tuple[int, ...]], array[int], str]:
+    """The rows of a message, and all their ids and text; BadFrame where these do not end where the last row does."""
     try:
-        rows, ids = [*TEXT_ROW.iter_unpack(message.rows)], unpack_ids(message.ids)
+        rows, ids, text = TEXT_ROW.iter_unpack(message.rows), unpack_ids(message.ids), message.text
     except (struct.error, ValueError):
         raise BadFrame("half a row") from None
-    text, id_, char = message.text, 0, 0
-    if sum([row[3] for row in rows]) != len(ids) or sum([row[4] for row in rows]) != len(text):
-        raise BadFrame("rows that do not cover their ids or text")
-    for rid, offset, start, num_ids, chars in rows:
-        yield rid, offset, start, ids[id_:id_ + num_ids], text[char:char + chars]
-        id_ += num_ids
-        char += chars
+    ends = TEXT_ROW.unpack_from(message.rows, len(message.rows) - TEXT_ROW.size)[3:] if message.rows else (0, 0)
+    if ends != (len(ids), len(text)):
+        raise BadFrame("rows that do not cover their ids and text")
+    return rows, ids, text
 
 
 def _spans(delta: TextDelta, shown: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from pipeline.schema import i64, u8, u16, u32, u64
 
 PROTOCOL = 1
 TOKEN_ROW = struct.Struct("<QII")       # rid, start and id of a TokenOut that has one id and nothing else
-TEXT_ROW = struct.Struct("<QIIII")      # rid, offset and start of a TextDelta, numbers of its ids and of its characters
+TEXT_ROW = struct.Struct("<QIIII")      # rid, offset and start of a TextDelta, where its ids and its text end in the message
 assert sys.byteorder == "little" and array("I").itemsize == 4
 
 

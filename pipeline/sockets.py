@@ -11,6 +11,7 @@ from pipeline.codec import MAX_HEADER
 
 HWM = 4000                       # messages per pipe and direction
 CONTROL_HWM = 20000              # control sockets: tiny messages
+POLLIN = int(zmq.POLLIN)         # the operators of an enum take longer than the question itself
 MAX_MESSAGE = 512 * 2**20        # bytes of one frame
 
 
@@ -66,4 +67,4 @@ def subscriber(ctx: zmq.Context[zmq.Socket[bytes]], endpoints: list[str]) -> zmq
 
 def readable(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be read now. Cheaper than the exception of a read that finds none."""
-    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.get(zmq.EVENTS)) & POLLIN)

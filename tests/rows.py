@@ -25,10 +25,11 @@ def step(message: StepOut) -> StepOut:
 def deltas(message: Deltas) -> list[TextDelta]:
     """All deltas of a message."""
     found, ids, text = list[TextDelta](), unpack_ids(message.ids), message.text
-    for rid, offset, start, num_ids, chars in TEXT_ROW.iter_unpack(message.rows):
-        found.append(TextDelta(rid, offset, text[:chars], start, pack_ids(ids[:num_ids])))
-        ids, text = ids[num_ids:], text[chars:]
-    assert not ids and not text
+    at = char = 0
+    for rid, offset, start, ids_end, text_end in TEXT_ROW.iter_unpack(message.rows):
+        found.append(TextDelta(rid, offset, text[char:text_end], start, pack_ids(ids[at:ids_end])))
+        at, char = ids_end, text_end
+    assert (at, char) == (len(ids), len(text))
     return found + message.items
 
 
@@ -37,9 +38,9 @@ def texts(message: Deltas) -> Deltas:
     items = []
     for delta in message.items:
         if len(delta.ids) % 4 == 0 and delta == TextDelta(delta.rid, delta.offset, delta.text, delta.start, delta.ids):
-            message.rows += TEXT_ROW.pack(delta.rid, delta.offset, delta.start, len(delta.ids) // 4, len(delta.text))
             message.ids += delta.ids
             message.text += delta.text
+            message.rows += TEXT_ROW.pack(delta.rid, delta.offset, delta.start, len(message.ids) // 4, len(message.text))
         else:
             items.append(delta)
     message.items = items

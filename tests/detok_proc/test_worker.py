@@ -567,7 +567,7 @@ def test_large_output_is_split_into_messages(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("detok_proc.worker.MAX_DELTAS_BYTES", 200)
     bench, rids = Bench(), [RIDS.next() for _ in range(5)]
     for rid in rids:
-        bench.open(rid)
+        bench.open(rid, DetokSpec(echo=True), left=ids_of("The"))
     bench.step(*[out(rid, 0, ids_of("dog")) for rid in rids])
     bench.worker.turn()
     messages = bench.sent.take(Deltas)

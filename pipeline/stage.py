@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import gc
 import logging
-import logging.handlers
 import os
 import signal
 import socket
@@ -55,7 +54,7 @@ class Context:
     outboxes: Outboxes
     publisher: BeaconPublisher
     bad_frames: Counter
-    log_listener: logging.handlers.QueueListener
+    log_writer: logs.LogWriter
     extra: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -88,7 +87,7 @@ class Context:
         for name in ("in", "ctl", "beacon"):
             with contextlib.suppress(OSError):
                 os.unlink(path_of(self.config.run_dir, self.kind, self.index, name))
-        self.log_listener.stop()
+        self.log_writer.stop()
 
 
 def die_with_parent(launcher_pid: int) -> None:
@@ -121,7 +120,7 @@ def enter(kind: Kind, argv: Sequence[str] | None = None, options: Sequence[str] 
     except StartError as error:
         print(error.message, file=sys.stderr)
         sys.exit(error.exit_code)
-    listener = logs.setup(f"{kind.name.lower()}.{args.index}", config.log_dir, config.log_level)
+    writer = logs.setup(f"{kind.name.lower()}.{args.index}", config.log_dir, config.log_level)
     status, registry, ctx = Status(), CollectorRegistry(), sockets.context()
     publisher = BeaconPublisher(ctx, config, kind, args.index, args.epoch, status, registry)
     publisher.start()
@@ -129,7 +128,7 @@ def enter(kind: Kind, argv: Sequence[str] | None = None, options: Sequence[str] 
         config=config, kind=kind, index=args.index, epoch=args.epoch, status=status, registry=registry, zmq_context=ctx,
         outboxes=Outboxes(lambda to: sockets.push(
             ctx, endpoint(config, to), sockets.CONTROL_HWM if to.name == "ctl" else sockets.HWM)),
-        publisher=publisher, log_listener=listener,
+        publisher=publisher, log_writer=writer,
         bad_frames=Counter("quartet:ipc_bad_frames", "Frames that were dropped because they are no valid message.",
                            ["socket"], registry=registry),
         extra={option: getattr(args, option.replace("-", "_")) for option in options})

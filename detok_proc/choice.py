@@ -13,6 +13,7 @@ from detok_proc.stops import Stops
 from detok_proc.stream import open_text, whole_text
 from detok_proc.vocab import Vocab
 from pipeline.families.parts import append_span
+from pipeline.ids import frontend_index
 from pipeline.messages import TEXT_ROW, Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
 
 REPEATED = "repetition_detected"        # the stop reason of Finish.REPETITION
@@ -27,14 +28,15 @@ class Choice:
     """`have` output ids were decoded and `chars` characters of their text released; `sent_*` of them left the stage."""
 
     __slots__ = (
-        "rid", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "more", "finish",
-        "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts", "_ids",
-        "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans", "_simple")
+        "rid", "frontend", "engine", "engine_epoch", "have", "chars", "sent_have", "sent_chars", "stopped", "waiting", "more",
+        "finish", "_vocab", "_text", "_stops", "_min_tokens", "_include_stop", "_left", "_left_done", "_usage", "_texts",
+        "_ids", "_stop", "_logprobs", "_prompt_text", "_prompt_logprobs", "_new_usage", "_answer", "_spans", "_simple")
 
     def __init__(self, opened: Open, vocab: Vocab, engine: int, engine_epoch: int) -> None:
         """Replays `opened.history` silently: the first delta follows what an undisturbed run would have sent."""
         spec, left, history = opened.spec, unpack_ids(opened.left), unpack_ids(opened.history)
-        self.rid, self.engine, self.engine_epoch = opened.rid, engine, engine_epoch
+        self.rid, self.frontend = opened.rid, frontend_index(opened.rid)
+        self.engine, self.engine_epoch = engine, engine_epoch
         self.have = self.chars = 0
         self.stopped = False                  # by a stop string; the engine's closing record is still to come
         self.waiting = False                  # in the worker's list of choices with output

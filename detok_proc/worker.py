@@ -166,7 +166,7 @@ class DetokWorker:
 
     def _rows(self, rows: Iterable[tuple[int, int, int]]) -> None:
         """One id each, and nothing else: what nearly every token costs."""
-        known = self._choices.get
+        known, waiting = self._choices.get, self._waiting
         for rid, start, number in rows:
             choice = known(rid)
             try:
@@ -180,7 +180,8 @@ class DetokWorker:
                 continue
             self._new_tokens += 1
             if not choice.waiting:
-                self._queue(choice)
+                choice.waiting = True
+                waiting.setdefault(choice.frontend, []).append(choice)
 
     def _token(self, out: TokenOut) -> None:
         choice = self._choices.get(out.rid)
@@ -223,12 +224,7 @@ class DetokWorker:
     def _queue(self, choice: Choice) -> None:
         if not choice.waiting:
             choice.waiting = True
-            frontend = frontend_index(choice.rid)
-            waiting = self._waiting.get(frontend)
-            if waiting is None:
-                self._waiting[frontend] = [choice]
-            else:
-                waiting.append(choice)
+            self._waiting.setdefault(choice.frontend, []).append(choice)
 
     def _drop(self, choices: list[Choice]) -> None:
         for choice in choices:
@@ -239,7 +235,7 @@ class DetokWorker:
     def _forget_output(self, choice: Choice) -> None:
         if choice.waiting:
             choice.waiting = False
-            self._waiting[frontend_index(choice.rid)].remove(choice)
+            self._waiting[choice.frontend].remove(choice)
 
     def _fail(self, rid: int, code: str, message: str) -> None:
         self._failed.setdefault(frontend_index(rid), []).append(FailedItem(rid, code, message))
@@ -289,7 +285,7 @@ class DetokWorker:
         waiting = [(frontend, choice) for frontend, choices in self._waiting.items() for choice in choices]
         assert len({choice.rid for _, choice in waiting}) == len(waiting)
         for frontend, choice in waiting:
-            assert choice.waiting and frontend_index(choice.rid) == frontend
+            assert choice.waiting and choice.frontend == frontend == frontend_index(choice.rid)
             assert choice.finish or self._choices.get(choice.rid) is choice
         for rid, choice in self._choices.items():
             assert choice.rid == rid and choice.engine_epoch >= self._engine_epochs.get(choice.engine, -1)

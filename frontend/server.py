@@ -48,12 +48,16 @@ class Frontend:
     snapshots: Callable[[], Mapping[tuple[Kind, int], list[MetricFamily]]]
     index: int = 0                           # of this process among the frontends
     created: int = field(default_factory=lambda: int(time.time()))
+    _fingerprints: dict[str, str] = field(default_factory=dict)      # by model name
 
     def fingerprint(self, model: str) -> str:
         """Stable per model and version; names no path."""
-        number = next(i for i, m in enumerate(self.config.models) if m.names[0] == model)
-        source = f"{__version__}|{model}|{self.config.models[number].source}|{self.config.models[number].engine.dtype}"
-        return "fp_" + hashlib.sha256(source.encode()).hexdigest()[:10]
+        made = self._fingerprints.get(model)
+        if made is None:
+            number = next(i for i, m in enumerate(self.config.models) if m.names[0] == model)
+            source = f"{__version__}|{model}|{self.config.models[number].source}|{self.config.models[number].engine.dtype}"
+            made = self._fingerprints[model] = "fp_" + hashlib.sha256(source.encode()).hexdigest()[:10]
+        return made
 
 
 def build_app(frontend: Frontend, name: str = "quartet") -> tuple[Sanic[Any, Any], Ingress]:

@@ -57,7 +57,7 @@ class EngineCore:
         engine = model.engine
         self.index, self.epoch, self.runner, self._clock = index, epoch, runner, clock
         pool = BlockPool(runner.num_blocks, runner.block_size, engine.enable_prefix_caching)
-        self.scheduler = Scheduler(engine, pool, self._start, runner.release)
+        self.scheduler = Scheduler(engine, pool, self._start, runner.release, runner.context_cost)
         self.searches = Searches(self.scheduler)
         self.limits = Limits(
             max_model_len=model.max_model_len, capacity=pool.capacity, vocab_size=runner.vocab_size,

@@ -56,7 +56,7 @@ class Decoder:
         self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
         # Gemma rounds its scale to the dtype of the weights.
         self.embed_scale = float(torch.tensor(arch.embed_scale).to(embedding.dtype))
-        self.vocab_size, self.hidden_size = arch.vocab, arch.hidden
+        self.vocab_size, self.hidden_size, self.context_cost = arch.vocab, arch.hidden, arch.context_cost
 
     def forward(self, batch: ModelBatch, cache: PagedAttention) -> torch.Tensor:
         """Hidden states of `batch.rows` after the last norm, [R, hidden]; K and V of all tokens are in the cache."""

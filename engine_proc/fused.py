@@ -85,7 +85,7 @@ class FusedDecoder:
     def __init__(self, net: Decoder, cache: PagedAttention) -> None:
         assert isinstance(net.ops, KernelOps)
         arch = net.arch
-        self.hidden_size = arch.hidden
+        self.hidden_size, self.context_cost = arch.hidden, net.context_cost
         self.vocab_size, self._arch, self._cache, self._head = net.vocab_size, arch, cache, _packed(net.head)
         self._best = net.head.best if isinstance(net.head, PackedHead) else None
         self.binds = self._best is not None and arch.logit_divisor == 1.0 and arch.logit_softcap is None

@@ -94,6 +94,7 @@ class NullRunner:
         self.num_blocks = config.num_kv_blocks or DEFAULT_BLOCKS
         self.block_size = config.block_size
         self.vocab_size = vocab_size or DEFAULT_VOCAB
+        self.context_cost = 0.0
         self.facts = {"dtype": "none", "device": "null", "architecture": "null"}
         self._script = Script.parse(config.null_script)
         self._step_s = config.null_step_s

@@ -70,6 +70,7 @@ class Runner(Protocol):
     num_blocks: int                           # KV blocks, block 0 included
     block_size: int
     vocab_size: int                           # width of the logits
+    context_cost: float                       # of attending to one token more, in prompt tokens without any context
     facts: dict[str, Any]                     # for the beacon: dtype, device, architecture, ... (JSON values)
 
     def admit(self, seq: Sequence) -> None:

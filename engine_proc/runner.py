@@ -68,6 +68,7 @@ class ModelRunner:
         self.depth = device.depth
         self.num_blocks, self.block_size = num_blocks, config.block_size
         self.vocab_size = model.vocab_size
+        self.context_cost: float = getattr(model, "context_cost", 0.0)
         self.facts = facts
         self.model, self.cache, self.device = model, cache, device
         self._mode = config.logprobs_mode

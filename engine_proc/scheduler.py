@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
 
 from engine_proc.blocks import BlockPool
 from engine_proc.failures import item_error
@@ -19,6 +21,7 @@ from pipeline.messages import Finish
 
 LOOK_AHEAD = 64               # waiting sequences passed over for one that may start
 ENDS_AT_ONCE = (Finish.ABORT, Finish.STOP_STRING)      # marks that leave no room for the step's token
+LEAST_CHUNK = 4               # of the prompt tokens that may join decodes, a quarter does so whatever its context
 Hook = Callable[[Sequence], None]
 
 
@@ -27,15 +30,25 @@ def order(seq: Sequence) -> tuple[int, int]:
     return seq.priority, seq.arrival
 
 
+@dataclass(slots=True)
+class Room:
+    """What is left of a step for prompts."""
+
+    tokens: int
+    effort: float               # in prompt tokens without any context; for as long may decodes be held up
+
+
 class Scheduler:
     """Running, waiting and parked sequences over one block pool.
 
-    `admit` gives a sequence its place in the runner's sampler and may raise; `release` takes it back.
+    `admit` gives a sequence its place in the runner's sampler and may raise; `release` takes it back. `context_cost`: see
+    `plan.Runner`.
     """
 
     def __init__(self, config: EngineConfig, pool: BlockPool, admit: Hook = lambda seq: None,
-                 release: Hook = lambda seq: None) -> None:
+                 release: Hook = lambda seq: None, context_cost: float = 0.0) -> None:
         self.pool = pool
+        self.context_cost = context_cost
         self.by_priority = config.scheduling_policy == "priority"
         self.max_step_tokens = config.max_step_tokens
         self.max_num_seqs = min(config.max_num_seqs, config.max_step_tokens)    # every running one decodes each step
@@ -117,18 +130,17 @@ class Scheduler:
                     seq.block_table += self.pool.allocate(1)
                 singles.append(self._take(seq, 1))
             index += 1
-        budget = self.max_step_tokens - len(singles)
-        if singles:                                   # a prompt must not hold up the others' next token for long
-            budget = min(budget, self.max_mixed_prefill)
+        # a prompt must not hold up the others' next token for long
+        room = Room(self.max_step_tokens - len(singles), self.max_mixed_prefill if singles else inf)
         for seq in prefills:
-            budget -= self._take_chunk(seq, budget, singles, chunks)
+            self._take_chunk(seq, room, singles, chunks)
         copies: list[tuple[int, int]] = []
         if self.num_preemptions == preemptions and self.waiting:
-            self._start_waiting(budget, singles, chunks, copies)
+            self._start_waiting(room, singles, chunks, copies)
         if self.retired:
             self.free_retired()
             if self.waiting and not (singles or chunks):      # there may have been no room beside them
-                self._start_waiting(budget, singles, chunks, copies)
+                self._start_waiting(room, singles, chunks, copies)
         if not singles and not chunks:
             return None
         self.num_steps += 1
@@ -150,19 +162,24 @@ class Scheduler:
             seq=seq, start=start, count=count, sample=end >= len(seq.tokens) and end < seq.max_total,
             prompt_logprobs=start < seq.num_prompt - 1 and seq.unscored and start >= seq.num_prompt_scored)
 
-    def _take_chunk(self, seq: Sequence, budget: int, singles: list[PlanItem], chunks: list[PlanItem]) -> int:
-        """Schedule a piece of a prompt; the number of tokens taken."""
-        count = min(len(seq.tokens) - seq.num_scheduled, budget, self.max_prefill_chunk)
+    def _take_chunk(self, seq: Sequence, room: Room, singles: list[PlanItem], chunks: list[PlanItem]) -> None:
+        """Schedule a piece of a prompt."""
+        cost = 1.0 + self.context_cost * seq.num_scheduled
+        affordable = room.effort / cost
+        if room.effort == self.max_mixed_prefill:     # the first one goes on even at the end of a very long context
+            affordable = max(affordable, room.effort / LEAST_CHUNK)
+        count = int(min(len(seq.tokens) - seq.num_scheduled, room.tokens, max(affordable, 0), self.max_prefill_chunk))
         if seq.unscored and seq.num_scheduled < seq.num_prompt_scored:   # pre-empted: score no position twice
             count = min(count, seq.num_prompt_scored - seq.num_scheduled)
         if count > 0:
             (singles if count == 1 else chunks).append(self._take(seq, count))
-        return max(count, 0)
+        room.tokens -= count
+        room.effort -= max(count, 1) * cost           # what does not fit leaves no room to those behind it
 
-    def _start_waiting(self, budget: int, singles: list[PlanItem], chunks: list[PlanItem],
+    def _start_waiting(self, room: Room, singles: list[PlanItem], chunks: list[PlanItem],
                        copies: list[tuple[int, int]]) -> None:
         skipped = 0
-        while (budget > 0 and skipped < min(len(self.waiting), LOOK_AHEAD)
+        while (room.tokens > 0 and room.effort >= 1 and skipped < min(len(self.waiting), LOOK_AHEAD)
                and len(self.running) + self.num_dying < self.max_num_seqs
                and not (self.running and self.running[0].alone)):
             seq = self.waiting[skipped]
@@ -174,7 +191,7 @@ class Scheduler:
             if not self._start(seq, copies):
                 return
             if not seq.mark:                          # the runner took it
-                budget -= self._take_chunk(seq, budget, singles, chunks)
+                self._take_chunk(seq, room, singles, chunks)
 
     def _start(self, seq: Sequence, copies: list[tuple[int, int]]) -> bool:
         """Move `seq` from waiting to running with blocks for all of its tokens; False when they are not there."""

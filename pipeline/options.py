@@ -196,7 +196,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="max-prefill-chunk", group=ENGINE, default=512, parse=integer(1, 2**24, values.count), metavar="N",
            help="tokens of one prompt in one step at most, so that it does not hold up the others"),
     Option(name="max-mixed-prefill", group=ENGINE, default=192, parse=integer(1, 2**24, values.count), metavar="N",
-           help="prompt tokens at most in a step in which others decode: bounds the gap between their tokens"),
+           help="prompt tokens at most in a step in which others decode (fewer behind a long context): bounds their gaps"),
     Option(name="enable-prefix-caching", group=ENGINE, flag=True, default=True,
            help="reuse the KV cache of equal beginnings"),
     Option(name="scheduling-policy", group=ENGINE, default="fcfs", choices=("fcfs", "priority"),

@@ -118,6 +118,29 @@ def test_prompts_hold_up_decoding_sequences_for_few_tokens_at_a_time() -> None:
     assert shape(bench.turn()) == [(1, 10, 1), (3, 2, 2)]
 
 
+def test_prompt_tokens_with_a_long_context_count_for_more_beside_decoding_sequences() -> None:
+    bench = Bench(max_step_tokens=64, max_prefill_chunk=64, max_mixed_prefill=12)
+    bench.scheduler.context_cost = 1 / 8
+    bench.add(make_seq(1, range(8), max_tokens=20))
+    assert shape(bench.turn()) == [(1, 0, 8)]
+    bench.add(make_seq(2, range(20, 60), max_tokens=1))
+    assert shape(bench.turn()) == [(1, 8, 1), (2, 0, 12)]
+    assert shape(bench.turn()) == [(1, 9, 1), (2, 12, 4)]            # 2.5 each
+    assert shape(bench.turn()) == [(1, 10, 1), (2, 16, 4)]           # 3 each
+    assert [shape(bench.turn())[1] for _ in range(6)] == [(2, at, 3) for at in range(20, 38, 3)]    # never less
+    bench.add(make_seq(3, range(80, 90), max_tokens=1))
+    assert shape(bench.turn()) == [(1, 17, 1), (2, 38, 2)]           # 5.75 each: half of one is left
+    assert shape(bench.turn()) == [(1, 18, 1), (3, 0, 10)]
+    bench.run()
+
+
+def test_without_decoding_sequences_a_context_costs_nothing() -> None:
+    bench = Bench(max_step_tokens=16, max_prefill_chunk=16, max_mixed_prefill=4)
+    bench.scheduler.context_cost = 1.0
+    bench.add(make_seq(1, range(40), max_tokens=1))
+    assert [shape(bench.turn()) for _ in range(3)] == [[(1, 0, 16)], [(1, 16, 16)], [(1, 32, 8)]]
+
+
 def test_no_more_sequences_run_than_allowed() -> None:
     bench = Bench(max_num_seqs=2)
     bench.add(*[make_seq(rid, [rid, 5], max_tokens=2) for rid in range(1, 6)])

@@ -10,7 +10,7 @@
 
 #define CHUNK 64       /* tokens scored at once; chunks start at multiples of it */
 #define PART 256       /* tokens after which the running softmax starts afresh and is merged; likewise aligned */
-#define ITEM_ROWS 48   /* query rows (tokens x heads of a group) of one work item, unless one token has more */
+#define ITEM_ROWS 96   /* query rows (tokens x heads of a group) of one work item, unless one token has more */
 
 /* Mirrored by native.py; all 8 bytes wide. */
 typedef struct {

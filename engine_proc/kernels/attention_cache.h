@@ -12,7 +12,7 @@ typedef struct {
     long group, rows, dim, width; /* query heads of a token; rows = tokens * group; width = dim rounded up to 32 */
     long first;                   /* the first of those query heads */
     float *q, *keys, *values, *scores, *out, *total;
-    float *max, *sum;             /* of the current part, [rows] */
+    float *max, *sum;             /* of the current part, [rows] and [rows][16 lanes] */
     float *total_max, *total_sum; /* of all parts so far */
 } workspace;
 

@@ -1,7 +1,7 @@
 /* One work item of paged attention: online softmax in float32 over chunks of 64 tokens.
  *
  * Keys are transposed into [head_dim][32 tokens] panels and values widened into [64 tokens][32 dims] panels, after which
- * scores and outputs are register tiles (tile.h), for one decode row as for 48 prefill rows.
+ * scores and outputs are register tiles (tile.h), for one decode row as for 96 prefill rows.
  * A row's result depends on its own context only: chunks and parts are aligned to positions, masked lanes add exact
  * zeros, and parts are merged in order.  Tokens beyond the context are never read (their slots may hold NaN).
  * Softmax over blocks: Milakov & Gimelshein 2018; split contexts: Dao et al., Flash-Decoding, 2023.
@@ -9,6 +9,7 @@
 #include "attention_few.h"
 
 #define LOG2E 1.4426950408889634
+#define RISE 8.0f
 
 static long row_limit(const attention_args *a) {
     long group = a->q_heads / a->kv_heads;
@@ -19,7 +20,7 @@ static long width_of(const attention_args *a) { return (a->head_dim + PANEL - 1)
 
 long attention_work_floats(const attention_args *a) {
     long rows = row_limit(a), width = width_of(a);
-    return (rows * (3 * width + CHUNK + 4) + 2 * CHUNK * width + 15) & ~15L;
+    return (rows * (3 * width + CHUNK + 19) + 2 * CHUNK * width + 15) & ~15L;
 }
 
 long attention_partial_floats(const attention_args *a, const attention_item *item) {
@@ -38,17 +39,20 @@ static workspace carve(const attention_args *a, const attention_item *item, floa
     w.scores = w.total + limit * w.width;
     w.max = w.scores + limit * CHUNK;
     w.sum = w.max + limit;
-    w.total_max = w.sum + limit;
+    w.total_max = w.sum + 16 * limit;
     w.total_sum = w.total_max + limit;
     return w;
 }
 
+/* Scores come out in base 2, or ready for the soft cap. */
 static void load_queries(const attention_args *a, const attention_item *item, workspace *w) {
     long row0 = a->query_starts[item->sequence] + item->from;
+    v16 scale = v_set1((float)(a->scale * (a->softcap > 0 ? 1.0 / a->softcap : LOG2E)));
     for (long r = 0; r < w->rows; r++) {
         long at = (row0 + r / w->group) * a->ldq + (w->first + r % w->group) * w->dim;
         for (long d = 0; d < w->width; d += 16) /* to the end: padding must be zero */
-            v_store(w->q + r * w->width + d, v_load_any_n(a->q, at + d, lanes(w->dim - d), (int)a->is_bf16));
+            v_store(w->q + r * w->width + d,
+                    v_mul(v_load_any_n(a->q, at + d, lanes(w->dim - d), (int)a->is_bf16), scale));
     }
 }
 
@@ -72,62 +76,69 @@ static void scale_row(float *x, long n, v16 factor) {
     for (long i = 0; i < n; i += 16) v_store(x + i, v_mul(v_load(x + i), factor));
 }
 
-/* Scores of one row for tokens [0, n) of a chunk become weights; lanes outside [lo, hi) become zero.  `whole`: nothing is
- * masked and n is CHUNK.  Maxima and weights are in base 2. */
-INLINE void softmax_body(const attention_args *a, workspace *w, long row, long lo, long hi, long n, const int whole,
-                         const int capped) {
-    float *s = w->scores + row * CHUNK;
-    v16 scale = v_set1((float)(a->scale * (capped ? 1.0 / a->softcap : LOG2E))), total = v_zero();
-    v16 cap = v_set1((float)(a->softcap * LOG2E)), most = v_set1(-INFINITY), v[CHUNK / 16];
-    UNROLL for (long i = 0; i < CHUNK / 16; i++) {
-        if (!whole && 16 * i >= n) break;
-        v[i] = v_mul(v_load(s + 16 * i), scale);
-        if (capped) v[i] = v_mul(cap, v_tanh(v[i]));
-        if (!whole) v[i] = v_keep(v[i], lanes(lo - 16 * i), lanes(hi - 16 * i), v_set1(-INFINITY));
-        most = v_max(most, v[i]);
+/* The largest of n scores of a row, in base 2; lanes outside [lo, hi) become minus infinity.  `whole`: nothing is masked
+ * and n is CHUNK. */
+INLINE float most_body(const attention_args *a, float *s, long lo, long hi, long n, const int whole, const int capped) {
+    v16 most = v_set1(-INFINITY), cap = v_set1((float)(a->softcap * LOG2E));
+    UNROLL for (long i = 0; i < CHUNK; i += 16) {
+        if (!whole && i >= n) break;
+        v16 v = v_load(s + i);
+        if (capped) v = v_mul(cap, v_tanh(v));
+        if (!whole) v = v_keep(v, lanes(lo - i), lanes(hi - i), v_set1(-INFINITY));
+        if (capped || !whole) v_store(s + i, v);
+        most = v_max(most, v);
     }
-    float old = w->max[row], now = v_hmax(most);
-    now = now > old ? now : old;
-    v16 shift = v_set1(now);
-    UNROLL for (long i = 0; i < CHUNK / 16; i++) {
-        if (!whole && 16 * i >= n) break;
-        v16 p = v_exp2(v_sub(v[i], shift));
-        if (!whole) p = v_keep(p, lanes(lo - 16 * i), lanes(hi - 16 * i), v_zero());
-        v_store(s + 16 * i, p);
+    return v_hmax(most);
+}
+
+static float most_of(const attention_args *a, float *s, long lo, long hi, long n) {
+    if (lo <= 0 && hi == CHUNK) return a->softcap > 0 ? most_body(a, s, lo, hi, n, 1, 1) : most_body(a, s, lo, hi, n, 1, 0);
+    return a->softcap > 0 ? most_body(a, s, lo, hi, n, 0, 1) : most_body(a, s, lo, hi, n, 0, 0);
+}
+
+/* Weights refer to a maximum of the row.  They follow it to a new one only when that is RISE larger, in base 2: until then
+ * weights stay below 2^RISE, and what was summed is rarely scaled. */
+static void raise(workspace *w, long row, float most) {
+    float old = w->max[row];
+    if (!(most > old + RISE)) return;
+    v16 alpha = v_exp2(v_set1(old - most)); /* 0 for the first chunk */
+    scale_row(w->sum + 16 * row, 16, alpha);
+    scale_row(w->out + row * w->width, w->width, alpha);
+    w->max[row] = most;
+}
+
+/* n scores of a row become weights, which are added up lane by lane. */
+INLINE void weigh_row(workspace *w, long row, long n) {
+    float *s = w->scores + row * CHUNK, most = w->max[row];
+    v16 shift = v_set1(most > -INFINITY ? most : 0.0f), total = v_load(w->sum + 16 * row);
+    UNROLL for (long i = 0; i < CHUNK; i += 16) {
+        if (i >= n) break;
+        v16 p = v_exp2(v_sub(v_load(s + i), shift));
+        v_store(s + i, p);
         total = v_add(total, p);
     }
-    float sum = w->sum[row];
-    if (now > old) {
-        v16 alpha = v_exp2(v_set1(old - now)); /* 0 for the first chunk */
-        sum *= v_lane0(alpha);
-        scale_row(w->out + row * w->width, w->width, alpha);
-        w->max[row] = now;
-    }
-    w->sum[row] = sum + v_sum(total);
+    v_store(w->sum + 16 * row, total);
 }
 
-static void softmax_row(const attention_args *a, workspace *w, long row, long lo, long hi, long n) {
-    int capped = a->softcap > 0;
-    if (hi <= lo) {
-        for (long i = 0; i < n; i += 16) v_store(w->scores + row * CHUNK + i, v_zero());
-    } else if (lo <= 0 && hi == CHUNK) {
-        if (capped) softmax_body(a, w, row, lo, hi, n, 1, 1);
-        else softmax_body(a, w, row, lo, hi, n, 1, 0);
-    } else {
-        if (capped) softmax_body(a, w, row, lo, hi, n, 0, 1);
-        else softmax_body(a, w, row, lo, hi, n, 0, 0);
-    }
-}
-
-/* Scores of the rows of one kv head become weights. */
+/* Scores of the rows of one kv head become weights.  One loop after the other: a row's steps wait for each other, those of
+ * several rows need not. */
 static void weigh_rows(const attention_args *a, const attention_item *item, workspace *w, long start, long n, long from,
                        long to) {
     long position = a->context_lens[item->sequence] -
                     (a->query_starts[item->sequence + 1] - a->query_starts[item->sequence]) + item->from;
-    for (long r = from; r < to; r++) {
-        long me = position + r / w->group, lo = a->window ? me - a->window + 1 - start : 0;
-        long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
-        softmax_row(a, w, r, lo > 0 ? lo : 0, hi, n);
+    float most[TILE_ROWS];
+    for (long row = from, end; row < to; row = end) {
+        end = to - row < TILE_ROWS ? to : row + TILE_ROWS;
+        for (long r = row; r < end; r++) {
+            long me = position + r / w->group, lo = a->window ? me - a->window + 1 - start : 0;
+            long hi = a->causal && me + 1 - start < n ? me + 1 - start : n;
+            most[r - row] = most_of(a, w->scores + r * CHUNK, lo > 0 ? lo : 0, hi, n);
+        }
+        for (long r = row; r < end; r++) raise(w, r, most[r - row]);
+        if (n == CHUNK)
+            for (long r = row; r < end; r++) weigh_row(w, r, CHUNK);
+        else
+            for (long r = row; r < end; r++) weigh_row(w, r, n);
     }
 }
 
@@ -176,7 +187,7 @@ static workspace space_of(const workspace *w, long head, long rows) {
     mine.out += head * rows * w->width;
     mine.scores += head * rows * CHUNK;
     mine.max += head * rows;
-    mine.sum += head * rows;
+    mine.sum += 16 * head * rows;
     return mine;
 }
 
@@ -222,11 +233,9 @@ static void merge_row(workspace *w, long row, float max, float sum, const float 
         v_store(total + d, v_fma(v_load(total + d), a, v_mul(v_load(out + d), b)));
 }
 
-static void reset(float *max, float *sum, float *out, long rows, long width) {
-    for (long r = 0; r < rows; r++) {
-        max[r] = -INFINITY;
-        sum[r] = 0.0f;
-    }
+static void reset(float *max, float *sum, long sums, float *out, long rows, long width) {
+    for (long r = 0; r < rows; r++) max[r] = -INFINITY;
+    memset(sum, 0, (size_t)sums * 4);
     memset(out, 0, (size_t)(rows * width) * 4);
 }
 
@@ -271,7 +280,7 @@ static long chunk_at(const attention_args *a, const attention_item *item, const 
 static void write_partial(const attention_plan *plan, const attention_item *item, const workspace *w) {
     float *to = plan->partials + item->partial;
     memcpy(to, w->max, (size_t)w->rows * 4);
-    memcpy(to + w->rows, w->sum, (size_t)w->rows * 4);
+    for (long r = 0; r < w->rows; r++) to[w->rows + r] = v_sum(v_load(w->sum + 16 * r));
     memcpy(to + 2 * w->rows, w->out, (size_t)(w->rows * w->width) * 4);
 }
 
@@ -282,8 +291,8 @@ void attention_item_run(const attention_plan *plan, const attention_item *item, 
     span s = visible(a, item);
     long rows[2][CHUNK], *at = rows[0], *next = rows[1], n = chunk_at(a, item, &s, s.start, at);
     load_queries(a, item, &w);
-    reset(w.total_max, w.total_sum, w.total, w.rows, w.width);
-    reset(w.max, w.sum, w.out, w.rows, w.width);
+    reset(w.total_max, w.total_sum, w.rows, w.total, w.rows, w.width);
+    reset(w.max, w.sum, 16 * w.rows, w.out, w.rows, w.width);
     for (long start = s.start, following; n > 0; start += CHUNK, n = following) {
         following = chunk_at(a, item, &s, start + CHUNK, next);
         if (following <= 0 && after) {
@@ -299,8 +308,8 @@ void attention_item_run(const attention_plan *plan, const attention_item *item, 
             write_partial(plan, item, &w);
             return;
         }
-        for (long r = 0; r < w.rows; r++) merge_row(&w, r, w.max[r], w.sum[r], w.out + r * w.width);
-        reset(w.max, w.sum, w.out, w.rows, w.width);
+        for (long r = 0; r < w.rows; r++) merge_row(&w, r, w.max[r], v_sum(v_load(w.sum + 16 * r)), w.out + r * w.width);
+        reset(w.max, w.sum, 16 * w.rows, w.out, w.rows, w.width);
     }
     finish(a, item, &w);
 }
@@ -308,7 +317,7 @@ void attention_item_run(const attention_plan *plan, const attention_item *item, 
 void attention_merge_run(const attention_plan *plan, const attention_item *item, float *work) {
     const attention_args *a = plan->args;
     workspace w = carve(a, item, work);
-    reset(w.total_max, w.total_sum, w.total, w.rows, w.width);
+    reset(w.total_max, w.total_sum, w.rows, w.total, w.rows, w.width);
     const float *from = plan->partials + item->partial;
     for (long part = item->part; part < item->part_end; part++, from += attention_partial_floats(a, item))
         for (long r = 0; r < w.rows; r++)

@@ -8,34 +8,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import inf
 
 from engine_proc.blocks import BlockPool
 from engine_proc.failures import item_error
 from engine_proc.plan import ItemResult, PlanItem, StepPlan
 from engine_proc.request import Sequence
+from engine_proc.room import Room
 from pipeline.config import EngineConfig
 from pipeline.errors import QuartetError
 from pipeline.messages import Finish
 
 LOOK_AHEAD = 64               # waiting sequences passed over for one that may start
 ENDS_AT_ONCE = (Finish.ABORT, Finish.STOP_STRING)      # marks that leave no room for the step's token
-LEAST_CHUNK = 4               # of the prompt tokens that may join decodes, a quarter does so whatever its context
 Hook = Callable[[Sequence], None]
 
 
 def order(seq: Sequence) -> tuple[int, int]:
     """Who goes first; the newest of the lowest priority is pre-empted first."""
     return seq.priority, seq.arrival
-
-
-@dataclass(slots=True)
-class Room:
-    """What is left of a step for prompts."""
-
-    tokens: int
-    effort: float               # in prompt tokens without any context; for as long may decodes be held up
 
 
 class Scheduler:
@@ -130,8 +120,9 @@ class Scheduler:
                     seq.block_table += self.pool.allocate(1)
                 singles.append(self._take(seq, 1))
             index += 1
-        # a prompt must not hold up the others' next token for long
-        room = Room(self.max_step_tokens - len(singles), self.max_mixed_prefill if singles else inf)
+        room = Room(self.max_step_tokens - len(singles))
+        if singles:                                   # a prompt must not hold up the others' next token for long
+            room.effort = self.max_mixed_prefill
         for seq in prefills:
             self._take_chunk(seq, room, singles, chunks)
         copies: list[tuple[int, int]] = []
@@ -164,22 +155,17 @@ class Scheduler:
 
     def _take_chunk(self, seq: Sequence, room: Room, singles: list[PlanItem], chunks: list[PlanItem]) -> None:
         """Schedule a piece of a prompt."""
-        cost = 1.0 + self.context_cost * seq.num_scheduled
-        affordable = room.effort / cost
-        if room.effort == self.max_mixed_prefill:     # the first one goes on even at the end of a very long context
-            affordable = max(affordable, room.effort / LEAST_CHUNK)
-        count = int(min(len(seq.tokens) - seq.num_scheduled, room.tokens, max(affordable, 0), self.max_prefill_chunk))
+        count = min(len(seq.tokens) - seq.num_scheduled, self.max_prefill_chunk)
         if seq.unscored and seq.num_scheduled < seq.num_prompt_scored:   # pre-empted: score no position twice
             count = min(count, seq.num_prompt_scored - seq.num_scheduled)
+        count = room.take(count, 1.0 + self.context_cost * seq.num_scheduled)
         if count > 0:
             (singles if count == 1 else chunks).append(self._take(seq, count))
-        room.tokens -= count
-        room.effort -= max(count, 1) * cost           # what does not fit leaves no room to those behind it
 
     def _start_waiting(self, room: Room, singles: list[PlanItem], chunks: list[PlanItem],
                        copies: list[tuple[int, int]]) -> None:
         skipped = 0
-        while (room.tokens > 0 and room.effort >= 1 and skipped < min(len(self.waiting), LOOK_AHEAD)
+        while (room.left and skipped < min(len(self.waiting), LOOK_AHEAD)
                and len(self.running) + self.num_dying < self.max_num_seqs
                and not (self.running and self.running[0].alone)):
             seq = self.waiting[skipped]

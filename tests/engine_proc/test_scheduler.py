@@ -134,6 +134,15 @@ def test_prompt_tokens_with_a_long_context_count_for_more_beside_decoding_sequen
     bench.run()
 
 
+def test_a_prompt_goes_on_beside_decoding_sequences_however_dear_its_tokens_are() -> None:
+    bench = Bench(max_mixed_prefill=1)
+    bench.scheduler.context_cost = 3.0
+    bench.add(make_seq(1, range(8), max_tokens=20))
+    bench.turn()
+    bench.add(make_seq(2, range(20, 26), max_tokens=1))
+    assert [shape(bench.turn()) for _ in range(6)] == [[(1, 8 + i, 1), (2, i, 1)] for i in range(6)]
+
+
 def test_without_decoding_sequences_a_context_costs_nothing() -> None:
     bench = Bench(max_step_tokens=16, max_prefill_chunk=16, max_mixed_prefill=4)
     bench.scheduler.context_cost = 1.0

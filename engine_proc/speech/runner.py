@@ -45,6 +45,7 @@ class SpeechRunner:
                  num_slots: int, frames_per_second: float, facts: dict[str, Any]) -> None:
         self.net, self.vocabulary, self.facts = net, vocabulary, facts
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, config.block_size, net.vocab_size
+        self.context_cost = 0.0             # its prompts are a handful of tokens
         self.num_slots, self.frames_per_second = num_slots, frames_per_second
         self._free = list(range(num_slots - 1, -1, -1))
         self._rules = Rules(vocabulary)

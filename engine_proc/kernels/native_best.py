@@ -15,6 +15,8 @@ from torch import Tensor
 from engine_proc.kernels.native_decoder import check
 from engine_proc.kernels.native_linear import HugePages, NativeLinear
 
+MOST_BOUND = 1e18  # with activations as long as best.c takes them, nothing leaves float32's range
+
 
 class BestToken:
     """The search in `packed`, the matrix [vocab, hidden] whose plain form is `weight`."""
@@ -26,7 +28,7 @@ class BestToken:
         self._bounds = torch.empty(packed.n)
         if packed.kind != "int8":
             rough = NativeLinear(library, memory, weight, None, "int8", None, None, self._bounds)
-            if self._bounds.isfinite().all():  # else the matrix holds what no bound is true of
+            if self._bounds.max() < MOST_BOUND:  # not so where the matrix holds what is no number, or far too large
                 self._rough = rough
 
     def bind(self, x: Tensor, ids: Tensor, values: Tensor) -> Callable[[], None]:

@@ -104,6 +104,14 @@ def test_weights_of_any_size(kernels: NativeKernels, size: float) -> None:
     same(*search(kernels, randn(300, 64) * size, randn(1, 64)))
 
 
+def test_logits_beyond_float32_are_infinite_here_as_well(kernels: NativeKernels) -> None:
+    weight = randn(300, 64)
+    weight[170] *= 1e30
+    x = weight[170:171] / 1e18
+    ids, values, _ = search(kernels, weight, x)
+    assert ids.tolist() == [170] and values.isinf().all()
+
+
 def test_a_matrix_that_holds_an_infinity_is_searched_in_full(kernels: NativeKernels) -> None:
     weight = randn(300, 64)
     weight[7, 3] = float("inf")

@@ -141,7 +141,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def set_spin(self, microseconds: float) -> None:
-        """How long a thread without work spins before it sleeps: less is kinder to other processes."""
+        """How long a thread without work spins before it lets others run: less is kinder to other processes."""
 
     @abstractmethod
     def rope_cache(

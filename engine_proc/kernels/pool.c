@@ -1,13 +1,15 @@
 /* The thread team declared in pool.h.
  *
- * Waiting is spin first (a phase lasts microseconds), then futex, so that an idle engine costs nothing and a thread
- * that was descheduled is not waited for at full power.
+ * Waiting is spin first (a phase lasts microseconds), then spin that lets others have the processor, and only then futex,
+ * so that an idle engine costs nothing.  A thread that sleeps in the middle of a step is dear: with nothing else to run the
+ * processor halts, a virtual one is taken away then, and comes back late (three times longer steps where the host is busy).
  */
 #define _GNU_SOURCE
 #include "pool.h"
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +19,7 @@
 #define MAX_THREADS 256
 #define WORTH_A_TEAM 16384 /* below, waking a thread costs more than it saves */
 #define ALIGNED _Alignas(64)
+#define PATIENCE_TICKS 50000000ul /* at a barrier before a thread sleeps: 20 ms, for its company lost its processor */
 
 static struct {
     ALIGNED atomic_uint job;      /* rises by one for each pool_run */
@@ -36,16 +39,18 @@ static struct {
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
-static void wait_while(atomic_uint *word, unsigned old) {
-    unsigned long until = 0;
+/* Spins for a moment, then for so many ticks with others let in between, then sleeps. */
+static void wait_while(atomic_uint *word, unsigned old, unsigned long patience) {
+    unsigned long start = 0;
     for (unsigned i = 0;; i++) {
         if (atomic_load_explicit(word, memory_order_acquire) != old) return;
         __builtin_ia32_pause();
-        if ((i & 15) == 15) {
-            unsigned long now = __builtin_ia32_rdtsc();
-            if (!until) until = now + pool.spin_ticks;
-            else if (now > until) break;
-        }
+        if ((i & 15) != 15) continue;
+        unsigned long now = __builtin_ia32_rdtsc();
+        if (!start) start = now;
+        if (now - start <= pool.spin_ticks) continue;
+        if (now - start > pool.spin_ticks + patience) break;
+        sched_yield();
     }
     atomic_fetch_add(&pool.sleepers, 1);
     while (atomic_load(word) == old) syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
@@ -61,7 +66,7 @@ void team_barrier(int size) {
     if (size > 1) {
         unsigned phase = atomic_load_explicit(&pool.phase, memory_order_relaxed);
         if (atomic_fetch_add_explicit(&pool.arrived, 1, memory_order_acq_rel) != size - 1) {
-            wait_while(&pool.phase, phase);
+            wait_while(&pool.phase, phase, PATIENCE_TICKS);
             return;
         }
         atomic_store_explicit(&pool.arrived, 0, memory_order_relaxed);
@@ -91,7 +96,7 @@ static void *worker(void *id) {
     ignore_denormals();
     unsigned seen = 0;
     for (;;) {
-        wait_while(&pool.job, seen);
+        wait_while(&pool.job, seen, 0); /* between two steps the processor is the other stages' */
         seen++;
         if (pool.quit) return NULL;
         pool.fn(tid, pool.size, pool.arg);
@@ -181,5 +186,5 @@ int q_set_threads(int size) {
     return reached;
 }
 
-/* How long a waiting thread spins before it sleeps, in ticks of the time-stamp counter. */
+/* How long a waiting thread spins before it lets others have the processor, in ticks of the time-stamp counter. */
 void q_set_spin(unsigned long ticks) { pool.spin_ticks = ticks; }

@@ -14,6 +14,7 @@ from detok_proc.stream import open_text, whole_text
 from detok_proc.vocab import Vocab
 from pipeline.families.parts import append_span
 from pipeline.ids import frontend_index
+from pipeline.logprobs import cut_logprobs, join_logprobs
 from pipeline.messages import TEXT_ROW, Finish, Logprobs, Open, Span, TextDelta, TokenOut, Usage, unpack_ids
 
 REPEATED = "repetition_detected"        # the stop reason of Finish.REPETITION
@@ -117,7 +118,7 @@ class Choice:
         if self._cut:
             packed, finish, self.stopped = packed[:4 * count], Finish.STOP_STRING, True
             self._stop = None if self._stops is None else self._stops.hit
-            logprobs = None if logprobs is None else _slice(logprobs, 0, count)
+            logprobs = None if logprobs is None else cut_logprobs(logprobs, 0, count)
             text += self._last_words("")
         else:
             count = len(numbers)
@@ -153,8 +154,8 @@ class Choice:
         """Everything that waits, as one delta: where there is `more`. Call `sent` when it was taken."""
         made = TextDelta(
             self.rid, self.sent_chars, "".join(self._texts), self.sent_have, self._ids.tobytes(), self.finish, self._stop,
-            _join(self._logprobs) if self._logprobs else None, self._prompt_text,
-            _join(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
+            join_logprobs(self._logprobs) if self._logprobs else None, self._prompt_text,
+            join_logprobs(self._prompt_logprobs) if self._prompt_logprobs else None, self._new_usage)
         if self._answer is not None:
             made.spans = [Span(kind, chars) for kind, chars in self._spans]
             made.reasoning_tokens, made.open_call = self._answer.reasoning_tokens, self._answer.in_call
@@ -245,7 +246,7 @@ class Choice:
         if out.start > self.have:
             raise Gap
         seen = min(self.have - out.start, len(out.ids) // 4)
-        logprobs = None if out.logprobs is None else _slice(out.logprobs, seen, len(out.ids) // 4)
+        logprobs = None if out.logprobs is None else cut_logprobs(out.logprobs, seen, len(out.ids) // 4)
         return TokenOut(out.rid, self.have, out.ids[4 * seen:], out.finish, out.stop_id, logprobs, None, out.usage)
 
     def _name(self, logprobs: Logprobs, numbers: Sequence[int]) -> None:
@@ -253,20 +254,3 @@ class Choice:
         piece = self._vocab.piece
         logprobs.tokens = [piece(number) for number in numbers]
         logprobs.top_tokens = [piece(number) for number in unpack_ids(logprobs.top_ids)]
-
-
-def _slice(part: Logprobs, begin: int, end: int) -> Logprobs:
-    """Tokens begin..end of `part`."""
-    k = part.k
-    return Logprobs(k, part.values[4 * begin:4 * end], part.ranks[4 * begin:4 * end],
-                    part.top_ids[4 * k * begin:4 * k * end], part.top_values[4 * k * begin:4 * k * end],
-                    part.tokens[begin:end], part.top_tokens[k * begin:k * end])
-
-
-def _join(parts: list[Logprobs]) -> Logprobs:
-    if len(parts) == 1:
-        return parts[0]
-    return Logprobs(
-        parts[0].k, b"".join([p.values for p in parts]), b"".join([p.ranks for p in parts]),
-        b"".join([p.top_ids for p in parts]), b"".join([p.top_values for p in parts]),
-        [t for p in parts for t in p.tokens], [t for p in parts for t in p.top_tokens])

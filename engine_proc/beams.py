@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine_proc.outputs import joined
 from engine_proc.plan import Candidates, ItemResult
 from engine_proc.request import Sequence
 from pipeline.errors import QuartetError
+from pipeline.logprobs import join_logprobs
 from pipeline.messages import Finish, Logprobs
 
 
@@ -36,7 +36,7 @@ class Hypothesis:
 
     def told(self) -> Logprobs | None:
         parts = [step.logprobs for step in self._steps() if step.logprobs is not None]
-        return joined(parts) if parts else None
+        return join_logprobs(parts) if parts else None
 
     def _steps(self) -> list[Hypothesis]:
         steps: list[Hypothesis] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from engine_proc.request import Sequence
 from pipeline.errors import QuartetError
 from pipeline.ids import frontend_index
+from pipeline.logprobs import join_logprobs
 from pipeline.messages import (
     TOKEN_ROW,
     Admitted,
@@ -128,7 +129,7 @@ class Outputs:
         waiting.ids += ids
         waiting.finish, waiting.stop_id, waiting.usage = finish, seq.stop_id, usage or waiting.usage
         if logprobs is not None:
-            waiting.logprobs = logprobs if waiting.logprobs is None else joined([waiting.logprobs, logprobs])
+            waiting.logprobs = logprobs if waiting.logprobs is None else join_logprobs([waiting.logprobs, logprobs])
 
     def admit(self, rid: int, ids: bytes) -> None:
         box = self._frontend(frontend_index(rid))
@@ -222,17 +223,10 @@ def usage_of(seq: Sequence) -> Usage:
     return Usage(seq.num_prompt, seq.num_cached, kept)
 
 
-def joined(parts: list[Logprobs]) -> Logprobs:
-    """Consecutive tokens' logprobs as one record; the parts have the same k."""
-    return Logprobs(
-        parts[0].k, b"".join([p.values for p in parts]), b"".join([p.ranks for p in parts]),
-        b"".join([p.top_ids for p in parts]), b"".join([p.top_values for p in parts]))
-
-
 def whole_prompt(parts: list[Logprobs], k: int) -> Logprobs:
     """A prompt's logprobs: no values (NaN, rank 0) for its first token, then those of its chunks."""
     first = Logprobs(k, NAN, bytes(4), bytes(4 * k), NAN * k)
-    return joined([first, *parts])
+    return join_logprobs([first, *parts])
 
 
 def _parts(items: list[TokenOut]) -> list[list[TokenOut]]:

@@ -10,35 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pipeline.families.parts import append_span
+from pipeline.logprobs import join_logprobs
 from pipeline.messages import Finish, Logprobs
-
-
-def size_of(logprobs: Logprobs) -> int:
-    """The number of tokens described; ValueError where the arrays do not fit each other."""
-    n, k = len(logprobs.values) // 4, logprobs.k
-    expected = (len(logprobs.values) == 4 * n, len(logprobs.ranks) == 4 * n, len(logprobs.top_ids) == 4 * n * k,
-                len(logprobs.top_values) == 4 * n * k, len(logprobs.tokens) == n, len(logprobs.top_tokens) == n * k)
-    if not all(expected):
-        raise ValueError("arrays of log-probabilities of different lengths")
-    return n
-
-
-def tail(logprobs: Logprobs, skip: int) -> Logprobs:
-    """Without the first `skip` tokens."""
-    k = logprobs.k
-    return Logprobs(
-        k, logprobs.values[4 * skip:], logprobs.ranks[4 * skip:], logprobs.top_ids[4 * skip * k:],
-        logprobs.top_values[4 * skip * k:], logprobs.tokens[skip:], logprobs.top_tokens[skip * k:])
-
-
-def join(pieces: list[Logprobs]) -> Logprobs | None:
-    """All pieces one after the other; they have the same k."""
-    if len(pieces) < 2:
-        return pieces[0] if pieces else None
-    return Logprobs(
-        pieces[0].k, b"".join(p.values for p in pieces), b"".join(p.ranks for p in pieces),
-        b"".join(p.top_ids for p in pieces), b"".join(p.top_values for p in pieces),
-        [t for p in pieces for t in p.tokens], [t for p in pieces for t in p.top_tokens])
 
 
 @dataclass(slots=True)
@@ -85,7 +58,8 @@ class Buffer:
     def take(self, ids: array[int], completion_tokens: int) -> Update:
         """`ids`: those of the output that were not taken yet."""
         text = self._text[0] if len(self._text) == 1 else "".join(self._text)
-        update = Update(self.index, text, ids, join(self._logprobs), self.finish, self.stop,
-                        completion_tokens, self._spans, self.reasoning_tokens, self.open_call)
+        logprobs = join_logprobs(self._logprobs) if self._logprobs else None
+        update = Update(self.index, text, ids, logprobs, self.finish, self.stop, completion_tokens, self._spans,
+                        self.reasoning_tokens, self.open_call)
         self._text, self._spans, self._logprobs = [], [], []
         return update

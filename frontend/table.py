@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from frontend.admission import Permit
-from frontend.collector import size_of, tail
 from frontend.pools import PoolRequest, Pools, PoolSpec
 from frontend.queries import Queries, Query, QueryMessage
 from frontend.recordings import RecordingRequest, Recordings, RecordingSpec
@@ -22,6 +21,7 @@ from frontend.submissions import ALONE_AFTER, Submissions
 from pipeline.errors import CATALOGUE, QuartetError
 from pipeline.families.parts import Part, skip_spans
 from pipeline.ids import RidMaker, child
+from pipeline.logprobs import cut_logprobs, size_of
 from pipeline.messages import (
     TEXT_ROW,
     Abort,
@@ -308,7 +308,7 @@ class RequestTable:
             spans = _spans(delta, shown)
         if known or shown:                                   # what came before is cut
             ids, text = ids[known:], text[shown:]
-            logprobs = None if logprobs is None else tail(logprobs, known)
+            logprobs = None if logprobs is None else cut_logprobs(logprobs, known)
         if delta.usage is not None or delta.prompt_text is not None or delta.prompt_logprobs is not None:
             self._take_prompt(choice.prompt, choice, delta.prompt_text, delta.prompt_logprobs, delta.usage)
         self._grow(submission, choice, text, ids, logprobs, spans, now)

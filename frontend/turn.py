@@ -8,10 +8,11 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from frontend.collector import Update, tail
+from frontend.collector import Update
 from frontend.params import Ask
 from frontend.wire import finish_reason, quote
 from pipeline.families.parts import Part, cut
+from pipeline.logprobs import cut_logprobs
 from pipeline.messages import Finish, Logprobs
 
 
@@ -79,7 +80,7 @@ class Turn:
             return update.ids, update.logprobs
         start = update.completion_tokens - len(update.ids)
         hidden = min(len(update.ids), max(0, update.reasoning_tokens - start))
-        return update.ids[hidden:], None if update.logprobs is None else tail(update.logprobs, hidden)
+        return update.ids[hidden:], None if update.logprobs is None else cut_logprobs(update.logprobs, hidden)
 
     def _id(self, name: str) -> str:
         self.num_calls += 1

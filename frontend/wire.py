@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from frontend.collector import join
 from frontend.request import Prompt, Request
 from pipeline.errors import QuartetError
+from pipeline.logprobs import join_logprobs
 from pipeline.messages import Finish, Logprobs, unpack_ids
 
 # Everything outside ASCII is escaped: some clients split a stream's lines at U+2028 and its like.
@@ -61,11 +61,10 @@ def prompt_ids(prompt: Prompt) -> list[int] | None:
 
 def prompt_logprobs(prompt: Prompt) -> tuple[Logprobs, Sequence[int]] | None:
     """The prompt's log-probabilities and its ids, where both came."""
-    found = join(prompt.logprobs)
     ids = prompt_ids(prompt)
-    if found is None or ids is None:
+    if not prompt.logprobs or ids is None:
         return None
-    return found, ids[:prompt.num_logprobs]
+    return join_logprobs(prompt.logprobs), ids[:prompt.num_logprobs]
 
 
 def error_body(error: QuartetError) -> bytes:

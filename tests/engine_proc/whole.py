@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_proc.core import EngineCore
-from engine_proc.outputs import joined
 from engine_proc.runner import ModelRunner
 from pipeline import codec
 from pipeline.config import EngineConfig, ModelConfig, ServerConfig
 from pipeline.ids import RidMaker
+from pipeline.logprobs import join_logprobs
 from pipeline.messages import Add, Adds, Failed, Finish, Logprobs, Route, StepOut, unpack_ids
 from pipeline.transport import Address
 from tests import rows
@@ -33,7 +33,7 @@ class Told:
 
     @property
     def logprobs(self) -> Logprobs:
-        return joined(self.parts)
+        return join_logprobs(self.parts)
 
 
 class Engine:

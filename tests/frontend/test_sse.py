@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from frontend import answers, logprobs
-from frontend.collector import Update, join, size_of, tail
+from frontend.collector import Update
 from frontend.params import Ask
 from frontend.request import Prompt, Request, Spec
 from frontend.sse import ChatStream, CompletionStream
@@ -186,16 +186,3 @@ def test_tokens_as_ids() -> None:
     assert logprobs.chat_content(found, [7], True)[0]["token"] == "token_id:7"
     assert logprobs.CompletionLogprobs(True).piece([(found, [7])])["top_logprobs"] == [
         {"token_id:7": -0.25, "token_id:100": -2.0}]
-
-
-# ---- log-probabilities in pieces ----
-
-def test_pieces_join_and_cut() -> None:
-    whole = made([1, 2, 3], 2, ["a", "b", "c"])
-    assert join([tail(whole, 0)]) == whole and size_of(whole) == 3
-    last = tail(whole, 2)
-    assert size_of(last) == 1 and last.tokens == [b"c"]
-    assert join([whole, last]) is not None and size_of(join([whole, last]) or whole) == 4
-    whole.tokens.pop()
-    with pytest.raises(ValueError):
-        size_of(whole)

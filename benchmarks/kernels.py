@@ -142,28 +142,18 @@ def small_cases(kernels: Kernels, rows: list[int]) -> list[Case]:
     cases = []
     width = (Q_HEADS + 2 * KV_HEADS) * DIM
     for t in rows:
-        x, residual, weight = torch.randn(t, HIDDEN).to(BF16), torch.randn(t, HIDDEN).to(BF16), torch.ones(HIDDEN)
-        gates, qkv = torch.randn(t, 2 * INNER).to(BF16), torch.randn(t, width).to(BF16)
+        qkv = torch.randn(t, width).to(BF16)
         q, k, v = qkv.split([Q_HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=1)
         angles = torch.rand(2048, DIM // 2)
         cos, sin, positions = angles.cos(), angles.sin(), torch.arange(t).int()
         caches = [torch.zeros(t // 16 + 1, 16, KV_HEADS, DIM, dtype=BF16) for _ in range(2)]
         rotary = (q, k, v, cos, sin, positions, *caches, positions)
         logits = torch.randn(min(t, 32), VOCAB)
-        lowered = weight.to(BF16)
-
-        def torch_norm(x: torch.Tensor = x, residual: torch.Tensor = residual, w: torch.Tensor = lowered) -> None:
-            residual.add_(x)
-            F.rms_norm(residual, (HIDDEN,), w, 1e-5)
-
-        def norm(x: torch.Tensor = x, residual: torch.Tensor = residual, w: torch.Tensor = weight) -> None:
-            kernels.add_rms_norm(residual, x, w, 1e-5)
 
         def line(name: str, ours: Callable[[], object], torchs: Callable[[], object], elements: int) -> Case:
             return Case(name=name, ours=ours, torchs=torchs, gbytes=2 * elements / 1e9, gflop=0.0)
 
         cases += [
-            line(f"residual + RMSNorm, {t} rows", norm, torch_norm, 4 * t * HIDDEN),
             line(
                 f"rotary + cache write, {t} rows",
                 lambda a=rotary: kernels.rope_cache(*a),
@@ -171,21 +161,9 @@ def small_cases(kernels: Kernels, rows: list[int]) -> list[Case]:
                 2 * t * width,
             ),
             line(
-                f"SiLU x up, {t} rows",
-                lambda g=gates: kernels.act_mul(g, "silu"),
-                lambda g=gates: F.silu(g[:, :INNER]) * g[:, INNER:],
-                3 * t * INNER,
-            ),
-            line(
                 f"argmax, {len(logits)} rows",
                 lambda g=logits: kernels.argmax(g),
                 lambda g=logits: g.argmax(dim=-1),
-                2 * len(logits) * VOCAB,
-            ),
-            line(
-                f"top-50, {len(logits)} rows",
-                lambda g=logits: kernels.top_k(g, 50),
-                lambda g=logits: g.topk(50),
                 2 * len(logits) * VOCAB,
             ),
         ]
@@ -193,14 +171,14 @@ def small_cases(kernels: Kernels, rows: list[int]) -> list[Case]:
 
 
 def decoder_cases(kernels: Kernels, batches: list[tuple[int, int, int]], stored: str, layers: int) -> list[Case]:
-    """A whole step with the head, against the same layers made of torch operations."""
+    """A whole step up to the head, against the same layers made of torch operations."""
     steps = [decoder_step(*batch) for batch in batches]
     blocks = max(int(step.block_tables.max()) for step in steps) + 1
     fused = kernels.decoder(decoder_model(kernels, stored, layers, blocks))
     plain_kernels = load(level="torch")
     plain = plain_kernels.decoder(decoder_model(plain_kernels, None, layers, blocks))
     width = (2 * Q_HEADS + 2 * KV_HEADS) * DIM  # qkv and o
-    body, head = layers * HIDDEN * (3 * INNER + width), VOCAB * HIDDEN
+    body = layers * HIDDEN * (3 * INNER + width)
     cases = []
     for (sequences, new, context), step in zip(batches, steps, strict=True):
         cases.append(
@@ -208,8 +186,8 @@ def decoder_cases(kernels: Kernels, batches: list[tuple[int, int, int]], stored:
                 name=f"step {stored}, {sequences} x {new} new of {context}",
                 ours=lambda s=step: fused(s),
                 torchs=lambda s=step: plain(s),
-                gbytes=(body + head) * (1 if stored == "int8" else 2) / 1e9,
-                gflop=2 * sequences * (new * body + head) / 1e9,
+                gbytes=body * (1 if stored == "int8" else 2) / 1e9,
+                gflop=2 * sequences * new * body / 1e9,
             )
         )
     return cases
@@ -255,12 +233,10 @@ def decoder_model(kernels: Kernels, stored: str | None, layers: int, blocks: int
             mlp_norm=norm,
         )
 
-    embedding = weights(VOCAB, HIDDEN)
     return DecoderModel(
         layers=tuple(layer() for _ in range(layers)),
-        embedding=embedding,
+        embedding=weights(VOCAB, HIDDEN),
         final_norm=norm,
-        head=kernels.linear(embedding, dtype=stored),  # type: ignore[arg-type]
         q_heads=Q_HEADS,
         kv_heads=KV_HEADS,
         head_dim=DIM,

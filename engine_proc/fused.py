@@ -52,7 +52,7 @@ class KernelOps(TorchOps):
         return Packed(weight.new_empty(0), None, self.kernels.linear(weight, bias, dtype=self._quantization))
 
     def pack_head(self, weight: torch.Tensor) -> Linear:
-        packed = self.kernels.linear(weight, None, dtype=self._quantization)
+        packed = _packed(self.pack(weight, None))
         best = self.kernels.best_token(packed, weight) if isinstance(self.kernels, NativeKernels) else None
         return PackedHead(weight.new_empty(0), None, packed, best)
 
@@ -92,7 +92,7 @@ class FusedDecoder:
         specs, self._kernels = net.layers[0].spec, net.ops.kernels
         self._decoder = self._kernels.decoder(DecoderModel(
             layers=tuple(_layer(layer, cache.k[i], cache.v[i]) for i, layer in enumerate(net.layers)),
-            embedding=net.embedding, final_norm=net.norm.weight, head=None, q_heads=arch.heads, kv_heads=arch.kv_heads,
+            embedding=net.embedding, final_norm=net.norm.weight, q_heads=arch.heads, kv_heads=arch.kv_heads,
             head_dim=arch.head_dim, eps=arch.norm_eps, scale=specs.scale, softcap=specs.softcap or 0.0,
             qk_norm_full=arch.qk_norm == "full", embedding_multiplier=net.embed_scale,
             residual_multiplier=arch.residual_scale))
@@ -101,13 +101,11 @@ class FusedDecoder:
         """float32 hidden states of the wanted rows after the last norm, [R, hidden]."""
         assert cache is self._cache
         attention = batch.attention
-        _, hidden = self._decoder(StepInput(
+        return self._decoder(StepInput(
             ids=batch.ids.int(), positions=batch.positions.int(), slots=attention.slots.int(),
             block_tables=attention.block_tables, query_starts=attention.query_start,
             context_lens=attention.context_len, out_rows=batch.rows.int(),
-            embeds=None if batch.embeds is None else batch.embeds * self._arch.given_scale), logits=False, hidden=True)
-        assert hidden is not None
-        return hidden
+            embeds=None if batch.embeds is None else batch.embeds * self._arch.given_scale))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [R, vocab]."""

@@ -72,29 +72,6 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
-    ) -> Tensor:
-        """x [T, D] / rms(x) * (weight [D] + offset); offset 1 for Gemma. `out` may be x."""
-
-    @abstractmethod
-    def add_rms_norm(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        offset: float = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """residual [T, D] += x in place; returns the RMSNorm of the sum."""
-
-    @abstractmethod
-    def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-        """RMSNorm over each head of x [T, heads * len(weight)], in place; returns x."""
-
-    @abstractmethod
     def layer_norm(
         self,
         x: Tensor,
@@ -159,7 +136,6 @@ class Kernels(ABC):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
-        norm_offset: float = 0.0,
     ) -> None:
         """Rotates q [T, Hq * D] and k [T, Hkv * D] in place and writes k and v into the paged cache.
 
@@ -198,10 +174,6 @@ class Kernels(ABC):
         """A step of a whole dense decoder as one call (native) or as a row of kernels; its linear layers are ours."""
 
     @abstractmethod
-    def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
-        """x [T, 2 * I] -> act(x[:, :I]) * x[:, I:], [T, I]."""
-
-    @abstractmethod
     def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
         """Rows `which` (int64 [n], each once) of logits (float32 [T, V], in place) become minus infinity where the bits
         of `allowed` (int32 [n, at least V / 32], lowest first) are clear."""
@@ -210,11 +182,6 @@ class Kernels(ABC):
     def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         """Of logits [T, V]: the ids (int32 [T], lowest of equals), their log-probabilities (float32 [T]) if asked for,
         and whether the row holds a NaN (bool [T]; its id is 0)."""
-
-    @abstractmethod
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of logits [T, V]: the k largest values (float32 [T, k], descending), their ids (int32 [T, k], lowest first
-        among equals), log-sum-exp (float32 [T]) and whether the row holds a NaN (bool [T]; the rest is then void)."""
 
 
 def is_supported(tensor: Tensor) -> bool:

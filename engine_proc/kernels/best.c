@@ -15,18 +15,15 @@
  */
 #include "linear.h"
 
-#define PRIVATE_OPERAND 8192 /* elements each thread converts for itself to save a barrier */
-#define ROUGH_ROWS 6         /* rows of a search in two rounds: more are bound by arithmetic and gain nothing */
+#define ROUGH_ROWS 6 /* rows of a search in two rounds: more are bound by arithmetic and gain nothing */
 
 typedef struct {
     linear_args exact;
+    linear_input input;
     const linear_weight *rough;
     const float *bounds;          /* [n] */
-    const float *x;
-    int convert, search;          /* search: in two rounds */
-    size_t operand_bytes;         /* of a thread's own operand; 0: all share one */
+    int search;                   /* in two rounds */
     size_t rough_bytes;
-    char *operand;
     float *halves;                /* [threads][2 rows][k]: the rows, then what their int8 form leaves over */
     char *rough_operand;          /* [threads][rough_bytes] */
     float *upper;                 /* [rows][panels]: the most that an exact logit of the panel can be */
@@ -34,24 +31,6 @@ typedef struct {
     best_token *found;            /* [threads][rows, padded to a cache line] */
     long found_stride;
 } best_call;
-
-static size_t align64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
-
-/* Rows of x in the operand type of the matrix; returns this thread's. */
-static const void *make_operand(const best_call *c, int tid, int size) {
-    const linear_args *g = &c->exact;
-    if (!c->convert) return c->x;
-    char *a = c->operand + c->operand_bytes * (size_t)tid;
-    if (c->operand_bytes) {
-        linear_make_operand(g->weight, c->x, 0, g->weight->k, a, 0, g->rows, g->rows);
-        return a;
-    }
-    long end;
-    for (long row; (row = team_take(g->rows, 4, &end)) >= 0;)
-        linear_make_operand(g->weight, c->x, 0, g->weight->k, a, row, end, g->rows);
-    team_barrier(size);
-    return a;
-}
 
 /* Length of x[k], rounded up; 0 when it is not in a range where float32 keeps its promises. */
 static float length_of(const float *x, long k) {
@@ -133,7 +112,7 @@ static void best_team(int tid, int size, void *arg) {
     float lengths[ROUGH_ROWS];
     for (long r = 0; r < g.rows; r++) found[r] = (best_token){-INFINITY, 0, 0};
     g.out = found;
-    g.a = make_operand(c, tid, size);
+    linear_take_input(&c->input, &g, tid, size);
     if (c->search && make_rough(c, g.a, g.lda, tid, lengths)) {
         search_rough(c, lengths, tid, size);
         search_exact(c, &g, size);
@@ -142,29 +121,22 @@ static void best_team(int tid, int size, void *arg) {
     }
 }
 
-/* Lays the scratch memory out from `base` (NULL: only measures); returns the bytes it takes. */
+/* Lays the scratch memory out; returns the bytes it takes. */
 static size_t lay_out(best_call *c, char *base, int size) {
-    const linear_args *g = &c->exact;
-    size_t rows = (size_t)g->rows, k = (size_t)g->weight->k, threads = (size_t)size, used = 0;
-    size_t operand = align64(linear_operand_bytes(g->weight, g->rows));
-    c->operand_bytes = rows * k <= PRIVATE_OPERAND ? operand : 0;
-    c->found_stride = (long)(align64(rows * sizeof(best_token)) / sizeof(best_token));
-#define PLACE(field, bytes)                         \
-    do {                                            \
-        if (base) c->field = (void *)(base + used); \
-        used += align64(bytes);                     \
-    } while (0)
-    PLACE(found, (size_t)c->found_stride * sizeof(best_token) * threads);
-    if (c->convert) PLACE(operand, c->operand_bytes ? operand * threads : operand);
+    arena a = {.base = base};
+    size_t rows = (size_t)c->exact.rows, k = (size_t)c->exact.weight->k, threads = (size_t)size;
+    size_t found = align64(rows * sizeof(best_token));
+    c->found_stride = (long)(found / sizeof(best_token));
+    c->found = arena_take(&a, found * threads);
+    c->input.made = arena_take(&a, linear_input_bytes(&c->input, size));
     if (c->search) {
-        c->rough_bytes = align64(linear_operand_bytes(c->rough, 2 * g->rows));
-        PLACE(halves, 2 * rows * k * sizeof(float) * threads);
-        PLACE(rough_operand, c->rough_bytes * threads);
-        PLACE(upper, rows * (size_t)linear_panels(g->weight) * sizeof(float));
-        PLACE(lower, 64 * threads);
+        c->rough_bytes = align64(linear_operand_bytes(c->rough, 2 * c->exact.rows));
+        c->halves = arena_take(&a, 2 * rows * k * sizeof(float) * threads);
+        c->rough_operand = arena_take(&a, c->rough_bytes * threads);
+        c->upper = arena_take(&a, rows * (size_t)linear_panels(c->exact.weight) * sizeof(float));
+        c->lower = arena_take(&a, 64 * threads);
     }
-#undef PLACE
-    return used;
+    return a.used;
 }
 
 static void merge(const best_call *c, int size, int32_t *ids, float *values) {
@@ -172,7 +144,7 @@ static void merge(const best_call *c, int size, int32_t *ids, float *values) {
         best_token best = c->found[r];
         for (int t = 1; t < size; t++) {
             const best_token *other = c->found + c->found_stride * t + r;
-            int nan = best.nan | other->nan;
+            int64_t nan = best.nan | other->nan;
             if (other->value > best.value || (other->value == best.value && other->id < best.id)) best = *other;
             best.nan = nan;
         }
@@ -181,17 +153,16 @@ static void merge(const best_call *c, int size, int32_t *ids, float *values) {
     }
 }
 
-/* Entry point for Python: for each row of x[rows][k] the output of `weight` that is largest, the lowest if there are several, and its value; 0
- * and NaN where one of the row's outputs is NaN.  `rough`: the same weight in int8, with its bounds, or NULL.  0, or -1
- * without memory. */
+/* Entry point for Python: for each row of x[rows][k] the output of `weight` that is largest, the lowest if there are
+ * several, and its value; 0 and NaN where one of the row's outputs is NaN.  `rough`: the same weight in int8, with its
+ * bounds, or NULL.  0, or -1 without memory. */
 int q_best(const linear_weight *weight, const linear_weight *rough, const float *bounds, const float *x, long rows,
            int32_t *ids, float *values) {
     best_call c = {
-        .exact = {.weight = weight, .lda = weight->k, .rows = rows, .out_kind = OUT_BEST, .scale = 1.0f},
-        .rough = rough, .bounds = bounds, .x = x, .convert = !linear_usable_as_is(weight, 0),
-        .search = rough && rows <= ROUGH_ROWS,
+        .exact = {.weight = weight, .rows = rows, .out_kind = OUT_BEST, .scale = 1.0f},
+        .input = {.weight = weight, .x = x, .ldx = weight->k, .rows = rows},
+        .rough = rough, .bounds = bounds, .search = rough && rows <= ROUGH_ROWS,
     };
-    if (c.convert) c.exact.lda = linear_operand_stride(weight);
     pool_enter();
     int size = pool_size();
     char *base = pool_scratch(lay_out(&c, NULL, size));

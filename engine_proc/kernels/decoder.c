@@ -50,15 +50,16 @@ static void lap(worker *w, int kind) {
     w->last = now;
 }
 
-static int is_private(const decoder_call *c, long rows) { return rows * c->m->hidden <= PRIVATE_ROWS; }
+static void norm_row(const decoder_model *m, const float *x, const float *norm, float *out, long dim) {
+    rms_norm_row(x, norm, out, dim, (float)m->eps, 0);
+}
 
-/* Rows of the residual (`which` picks them, or NULL: all), normed, as the operand of `next`; with `copy` also as plain
- * floats.  Returns the operand. */
-static void *norm_rows(worker *w, const float *norm, const linear_weight *next, const int32_t *which, long rows,
-                       float *copy) {
+/* The residual, normed, as the operand of `next`, which is returned. */
+static void *norm_rows(worker *w, const float *norm, const linear_weight *next) {
     decoder_call *c = w->c;
     const decoder_model *m = c->m;
-    int alone = is_private(c, rows) && !copy;
+    long rows = c->s->rows;
+    int alone = rows * m->hidden <= PRIVATE_ROWS;
     char *operand = alone ? c->private_operand + c->private_bytes * (size_t)w->tid : c->operand;
     float *row = c->row + m->hidden * w->tid;
     long end, r = 0;
@@ -66,10 +67,9 @@ static void *norm_rows(worker *w, const float *norm, const linear_weight *next, 
         if (alone) end = rows;
         else if ((r = team_take(rows, team_chunk(rows, w->size), &end)) < 0) break;
         for (; r < end; r++) {
-            float *x = c->residual + (which ? which[r] : r) * m->hidden, *y = norm ? row : x;
-            if (norm) rms_norm_row(x, NULL, norm, y, m->hidden, (float)m->eps, (float)m->norm_offset, 0, 0, 0);
-            if (copy) memcpy(copy + r * m->hidden, y, (size_t)m->hidden * 4);
-            if (next) linear_make_operand(next, y, 0, 0, operand, r, r + 1, rows);
+            const float *x = c->residual + r * m->hidden;
+            if (norm) norm_row(m, x, norm, row, m->hidden);
+            linear_make_operand(next, norm ? row : x, 0, 0, operand, r, r + 1, rows);
         }
         if (alone) break;
     }
@@ -87,10 +87,9 @@ static void quantize_rows(worker *w, const linear_weight *next, void *operand) {
     lap(w, TIME_ROWS);
 }
 
-static void product(worker *w, const linear_weight *weight, const void *a, long rows, void *out, long ldo, int kind,
-                    int time) {
-    linear_args g = {.weight = weight, .a = a, .lda = linear_operand_stride(weight), .rows = rows, .out = out,
-                     .ldo = ldo, .out_kind = kind, .scale = (float)w->c->m->residual_multiplier};
+static void product(worker *w, const linear_weight *weight, const void *a, void *out, long ldo, int kind, int time) {
+    linear_args g = {.weight = weight, .a = a, .lda = linear_operand_stride(weight), .rows = w->c->s->rows,
+                     .out = out, .ldo = ldo, .out_kind = kind, .scale = (float)w->c->m->residual_multiplier};
     linear_team(&g, w->tid, w->size);
     lap(w, time);
 }
@@ -101,15 +100,15 @@ static void join(worker *w, const linear_weight *weight, const void *a, const fl
     const decoder_model *m = c->m;
     long rows = c->s->rows, end;
     if (!post) {
-        product(w, weight, a, rows, c->residual, m->hidden, OUT_ADD_F32, time);
+        product(w, weight, a, c->residual, m->hidden, OUT_ADD_F32, time);
         return;
     }
-    product(w, weight, a, rows, c->normed, m->hidden, OUT_F32, time);
+    product(w, weight, a, c->normed, m->hidden, OUT_F32, time);
     v16 scale = v_set1((float)m->residual_multiplier);
     for (long r; (r = team_take(rows, team_chunk(rows, w->size), &end)) >= 0;)
         for (; r < end; r++) {
             float *x = c->normed + r * m->hidden, *to = c->residual + r * m->hidden;
-            rms_norm_row(x, NULL, post, x, m->hidden, (float)m->eps, (float)m->norm_offset, 0, 0, 0);
+            norm_row(m, x, post, x, m->hidden);
             for (long i = 0; i < m->hidden; i += 16) {
                 int n = m->hidden - i < 16 ? (int)(m->hidden - i) : 16;
                 v_store_any_n(to, i, v_fma(v_load_any_n(x, i, n, 0), scale, v_load_any_n(to, i, n, 0)), n, 0);
@@ -146,8 +145,8 @@ static void norm_full(worker *w, const decoder_layer *layer) {
     for (long r; (r = team_take(w->c->s->rows, team_chunk(w->c->s->rows, w->size), &end)) >= 0;)
         for (; r < end; r++) {
             float *x = w->c->qkv + r * width;
-            rms_norm_row(x, NULL, layer->q_norm, x, q, (float)m->eps, (float)m->norm_offset, 0, 0, 0);
-            rms_norm_row(x + q, NULL, layer->k_norm, x + q, k, (float)m->eps, (float)m->norm_offset, 0, 0, 0);
+            norm_row(m, x, layer->q_norm, x, q);
+            norm_row(m, x + q, layer->k_norm, x + q, k);
         }
     team_barrier(w->size);
 }
@@ -163,7 +162,7 @@ static rope_args rope_of(const decoder_call *c, const decoder_layer *layer) {
         .ldq = width, .ldk = width, .ldv = width, .rows = c->s->rows, .q_heads = m->q_heads, .kv_heads = m->kv_heads,
         .head_dim = m->head_dim, .half = layer->half, .position_count = layer->positions,
         .slot_count = m->blocks * m->block_size, .cache_bf16 = m->cache_bf16,
-        .eps = m->eps, .norm_offset = m->norm_offset,
+        .eps = m->eps,
     };
 }
 
@@ -195,59 +194,47 @@ static void mlp(worker *w, const decoder_layer *layer) {
     decoder_call *c = w->c;
     const linear_weight *down = layer->down;
     int quantized = down->kind == WEIGHT_INT8;
-    void *a = norm_rows(w, layer->mlp_norm, layer->gate_up, NULL, c->s->rows, NULL);
-    product(w, layer->gate_up, a, c->s->rows, quantized ? (void *)c->wide : c->inner_operand,
+    void *a = norm_rows(w, layer->mlp_norm, layer->gate_up);
+    product(w, layer->gate_up, a, quantized ? (void *)c->wide : c->inner_operand,
             quantized ? c->m->inner : linear_operand_stride(down),
             down->kind == WEIGHT_BF16 && BF16_DOT ? OUT_BF16 : OUT_F32, TIME_GATE_UP);
     if (quantized) quantize_rows(w, down, c->inner_operand);
     join(w, down, c->inner_operand, layer->mlp_post, TIME_DOWN);
 }
 
-static void head(worker *w) {
-    const decoder_model *m = w->c->m;
-    const decoder_step *s = w->c->s;
-    if (!s->outs) return;
-    const linear_weight *weight = s->logits ? m->head : NULL;
-    void *a = norm_rows(w, m->final_norm, weight, s->out_rows, s->outs, s->hidden);
-    if (!weight) return;
-    product(w, weight, a, s->outs, s->logits, weight->n, OUT_F32, TIME_HEAD);
-    if (m->logit_multiplier == 1.0 && m->logit_softcap == 0.0) return;
-    long total = s->outs * weight->n, end;
-    v16 factor = v_set1((float)m->logit_multiplier), cap = v_set1((float)m->logit_softcap);
-    for (long i; (i = team_take(total, 4096, &end)) >= 0;)
-        for (; i < end; i += 16) {
-            int n = end - i < 16 ? (int)(end - i) : 16;
-            v16 v = v_mul(v_load_any_n(s->logits, i, n, 0), factor);
-            if (m->logit_softcap > 0) v = v_mul(cap, v_tanh(v_div(v, cap)));
-            v_store_any_n(s->logits, i, v, n, 0);
-        }
+/* The wanted rows after the last norm. */
+static void finish(worker *w) {
+    const decoder_call *c = w->c;
+    const decoder_step *s = c->s;
+    long width = c->m->hidden, end;
+    for (long r; (r = team_take(s->outs, team_chunk(s->outs, w->size), &end)) >= 0;)
+        for (; r < end; r++) norm_row(c->m, c->residual + s->out_rows[r] * width, c->m->final_norm, s->hidden + r * width, width);
     team_barrier(w->size);
-    lap(w, TIME_HEAD);
+    lap(w, TIME_ROWS);
 }
 
 static void step_team(int tid, int size, void *arg) {
     worker w = {.c = arg, .tid = tid, .size = size, .last = seconds()};
     const decoder_model *m = w.c->m;
-    long width = (m->q_heads + 2 * m->kv_heads) * m->head_dim, rows = w.c->s->rows;
+    long width = (m->q_heads + 2 * m->kv_heads) * m->head_dim;
     embed(&w);
     for (const decoder_layer *layer = m->layers, *end = layer + m->layer_count; layer < end; layer++) {
-        void *a = norm_rows(&w, layer->input_norm, layer->qkv, NULL, rows, NULL);
-        product(&w, layer->qkv, a, rows, w.c->qkv, width, OUT_F32, TIME_QKV);
+        void *a = norm_rows(&w, layer->input_norm, layer->qkv);
+        product(&w, layer->qkv, a, w.c->qkv, width, OUT_F32, TIME_QKV);
         attend(&w, layer);
         join(&w, layer->o, w.c->operand, layer->attention_post, TIME_O);
         mlp(&w, layer);
     }
-    head(&w);
+    finish(&w);
 }
-
-static size_t align64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-/* Lays the scratch memory out from `base` (NULL: only measures); returns the bytes it takes. */
+/* Lays the scratch memory out; returns the bytes it takes. */
 static size_t lay_out(decoder_call *c, char *base, int size) {
+    arena a = {.base = base};
     const decoder_model *m = c->m;
-    size_t rows = (size_t)c->s->rows, hidden = (size_t)m->hidden, used = 0;
+    size_t rows = (size_t)c->s->rows, hidden = (size_t)m->hidden;
     size_t width = (size_t)((m->q_heads + 2 * m->kv_heads) * m->head_dim), q = (size_t)(m->q_heads * m->head_dim);
     size_t operand = 0, inner = 0, private = 0;
     long private_rows = PRIVATE_ROWS / m->hidden;
@@ -259,33 +246,23 @@ static size_t lay_out(decoder_call *c, char *base, int size) {
         private = most(private, linear_operand_bytes(l->qkv, private_rows));
         private = most(private, linear_operand_bytes(l->gate_up, private_rows));
     }
-    if (m->head) {
-        operand = most(operand, linear_operand_bytes(m->head, c->s->outs));
-        private = most(private, linear_operand_bytes(m->head, private_rows));
-    }
     c->private_bytes = align64(private);
-#define PLACE(field, bytes)                        \
-    do {                                           \
-        if (base) c->field = (void *)(base + used); \
-        used += align64(bytes);                    \
-    } while (0)
-    PLACE(residual, rows * hidden * 4);
-    PLACE(normed, rows * hidden * 4);
-    PLACE(qkv, rows * width * 4);
-    PLACE(wide, rows * most(q, (size_t)m->inner) * 4);
-    PLACE(operand, operand);
-    PLACE(inner_operand, inner);
-    PLACE(private_operand, c->private_bytes * (size_t)size);
-    PLACE(row, hidden * (size_t)size * 4);
-#undef PLACE
+    c->residual = arena_take(&a, rows * hidden * 4);
+    c->normed = arena_take(&a, rows * hidden * 4);
+    c->qkv = arena_take(&a, rows * width * 4);
+    c->wide = arena_take(&a, rows * most(q, (size_t)m->inner) * 4);
+    c->operand = arena_take(&a, operand);
+    c->inner_operand = arena_take(&a, inner);
+    c->private_operand = arena_take(&a, c->private_bytes * (size_t)size);
+    c->row = arena_take(&a, hidden * (size_t)size * 4);
     for (int i = 0; i < 2; i++) {
         if (!c->has_plan[i]) continue;
         attention_args args = c->attention;
         args.window = i ? c->window : 0;
-        if (base) attention_plan_make(&c->plans[i], &args, size, base + used);
-        used += align64(attention_scratch_bytes(&args, size));
+        char *scratch = arena_take(&a, attention_scratch_bytes(&args, size));
+        if (scratch) attention_plan_make(&c->plans[i], &args, size, scratch);
     }
-    return used;
+    return a.used;
 }
 
 /* Whether every index of the step stays inside its array; `c` has no scratch yet. */

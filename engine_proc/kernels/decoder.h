@@ -1,4 +1,4 @@
-/* A whole step of a dense decoder as one call: embeddings in, logits out, no Python and no torch in between.
+/* A whole step of a dense decoder as one call: ids in, hidden states out, no Python and no torch in between.
  *
  * Owns: the description of the model and of a step.  The structs are mirrored field for field by decoder.py; every
  * field is 8 bytes wide.
@@ -25,11 +25,9 @@ typedef struct {
     const decoder_layer *layers;
     const void *embedding;       /* [vocab][hidden] */
     const float *final_norm;     /* [hidden] */
-    const linear_weight *head;   /* or NULL */
     int64_t layer_count, vocab, hidden, inner, q_heads, kv_heads, head_dim, blocks, block_size;
     int64_t embedding_bf16, cache_bf16, qk_norm_full;
-    double eps, norm_offset, scale, softcap;
-    double embedding_multiplier, residual_multiplier, logit_multiplier, logit_softcap;
+    double eps, scale, softcap, embedding_multiplier, residual_multiplier;
 } decoder_model;
 
 typedef struct {
@@ -38,12 +36,11 @@ typedef struct {
     const int32_t *positions, *slots;
     const int32_t *block_tables, *query_starts, *context_lens;
     const int32_t *out_rows;     /* [outs], the rows that are wanted at the end */
-    float *hidden;               /* [outs][hidden] after the final norm, or NULL */
-    float *logits;               /* [outs][vocab] or NULL */
+    float *hidden;               /* [outs][hidden] after the final norm */
     double *times;               /* [TIME_KINDS] seconds, added to */
     int64_t rows, sequences, ld_table, table_width, outs;
 } decoder_step;
 
-enum { TIME_ROWS, TIME_QKV, TIME_ROPE, TIME_ATTENTION, TIME_O, TIME_GATE_UP, TIME_DOWN, TIME_HEAD, TIME_KINDS };
+enum { TIME_ROWS, TIME_QKV, TIME_ROPE, TIME_ATTENTION, TIME_O, TIME_GATE_UP, TIME_DOWN, TIME_KINDS };
 
 #endif

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine_proc.kernels import reference
 from engine_proc.kernels.api import Kernels, PackedLinear
 
 
@@ -44,28 +45,23 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderModel:
-    """A stack of layers between an embedding [vocab, hidden] and a final norm [hidden] with an optional head.
+    """A stack of layers between an embedding [vocab, hidden] and a final norm [hidden].
 
-    norm_offset: added to every norm's weight (1 for Gemma). softcap: of attention scores; logit_softcap: of logits;
-    0 for none. The multipliers are Granite's, Gemma's and MiniCPM's scalings; logits are logit_multiplier * head(x).
+    softcap: of attention scores, 0 for none. The multipliers are Granite's, Gemma's and MiniCPM's scalings.
     """
 
     layers: tuple[DecoderLayer, ...]
     embedding: Tensor
     final_norm: Tensor
-    head: PackedLinear | None
     q_heads: int
     kv_heads: int
     head_dim: int
     eps: float
     scale: float
-    norm_offset: float = 0.0
     softcap: float = 0.0
     qk_norm_full: bool = False
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    logit_multiplier: float = 1.0
-    logit_softcap: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,12 +83,10 @@ class StepInput:
 
 
 class Decoder(Protocol):
-    """One step of a model: fills the cache and returns what was asked for."""
+    """One step of a model: fills the cache and returns the hidden states that were asked for."""
 
-    def __call__(
-        self, step: StepInput, *, logits: bool = True, hidden: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits float32 [R, vocab] and final hidden states (normed) float32 [R, hidden], or None where not wanted."""
+    def __call__(self, step: StepInput) -> Tensor:
+        """Hidden states of the rows `out_rows` after the last norm, float32 [R, hidden]."""
 
     def take_times(self) -> dict[str, float]:
         """Seconds spent by kind of operation since the last call; empty where it is not measured."""
@@ -108,10 +102,8 @@ class LayerwiseDecoder:
     def take_times(self) -> dict[str, float]:
         return {}
 
-    def __call__(
-        self, step: StepInput, *, logits: bool = True, hidden: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        model, kernels = self._model, self._kernels
+    def __call__(self, step: StepInput) -> Tensor:
+        model = self._model
         x = model.embedding[step.ids.long().clamp_min(0)] * model.embedding_multiplier
         if step.embeds is not None:
             x = torch.where(step.ids[:, None] < 0, step.embeds.to(x.dtype), x)
@@ -119,14 +111,10 @@ class LayerwiseDecoder:
             y = self._norm(x, layer.input_norm)
             x = self._join(x, layer.o(self._attend(layer.qkv(y), layer, step)), layer.attention_post_norm)
             x = self._join(x, layer.down(layer.gate_up(self._norm(x, layer.mlp_norm))), layer.mlp_post_norm)
-        rows = x[step.out_rows.long()]
-        rows = kernels.rms_norm(rows, model.final_norm, model.eps, offset=model.norm_offset)
-        return self._logits(rows) if logits else None, rows.float() if hidden else None
+        return reference.rms_norm(x[step.out_rows.long()], model.final_norm, model.eps).float()
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        if weight is None:
-            return x
-        return self._kernels.rms_norm(x, weight, self._model.eps, offset=self._model.norm_offset)
+        return x if weight is None else reference.rms_norm(x, weight, self._model.eps)
 
     def _join(self, residual: Tensor, x: Tensor, post_norm: Tensor | None) -> Tensor:
         return residual + self._norm(x, post_norm) * self._model.residual_multiplier
@@ -153,7 +141,6 @@ class LayerwiseDecoder:
             step.slots,
             **norms,
             eps=model.eps,
-            norm_offset=model.norm_offset,
         )
         return kernels.attention(
             q,
@@ -166,12 +153,3 @@ class LayerwiseDecoder:
             window=layer.window,
             softcap=model.softcap,
         )
-
-    def _logits(self, rows: Tensor) -> Tensor | None:
-        head, model = self._model.head, self._model
-        if head is None:
-            return None
-        logits = head(rows, torch.empty(rows.shape[0], head.n)) * model.logit_multiplier
-        if model.logit_softcap:
-            logits = model.logit_softcap * torch.tanh(logits / model.logit_softcap)
-        return logits

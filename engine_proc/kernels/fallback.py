@@ -123,30 +123,6 @@ class TorchKernels(Kernels):
     def set_spin(self, microseconds: float) -> None:
         """Torch's threads have a policy of their own."""
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
-    ) -> Tensor:
-        y = reference.rms_norm(x, weight, eps, offset)
-        return y if out is None else out.copy_(y)
-
-    def add_rms_norm(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        offset: float = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        residual += x
-        return self.rms_norm(residual, weight, eps, offset=offset, out=out)
-
-    def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-        heads = x.unflatten(1, (-1, weight.shape[0]))
-        heads.copy_(reference.rms_norm(heads, weight, eps, offset))
-        return x
-
     def rope_cache(self, *args: Any, **options: Any) -> None:
         reference.rope_cache(*args, **options)
 
@@ -182,15 +158,8 @@ class TorchKernels(Kernels):
     def decoder(self, model: DecoderModel) -> Decoder:
         return LayerwiseDecoder(self, model)
 
-    def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
-        y = reference.act_mul(x, act)
-        return y if out is None else out.copy_(y)
-
     def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
         reference.mask(logits, which, allowed)
 
     def argmax(self, logits: Tensor, *, logprobs: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         return reference.argmax(logits, logprobs)
-
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return reference.top_k(logits, k)

@@ -175,36 +175,47 @@ void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long
     }
 }
 
-int linear_usable_as_is(const linear_weight *w, int x_bf16) {
+static int usable_as_is(const linear_weight *w, int x_bf16) {
     if (w->kind == WEIGHT_F32) return !x_bf16;
     return w->kind == WEIGHT_BF16 && x_bf16 == BF16_DOT && w->k % 2 == 0;
 }
 
+/* Bytes of one operand, and how many there are. */
+static size_t input_bytes(const linear_input *in) { return align64(linear_operand_bytes(in->weight, in->rows)); }
+static int is_private(const linear_input *in) { return in->rows * in->weight->k <= PRIVATE_OPERAND; }
+
+size_t linear_input_bytes(const linear_input *in, int size) {
+    if (usable_as_is(in->weight, in->x_bf16)) return 0;
+    return input_bytes(in) * (size_t)(is_private(in) ? size : 1);
+}
+
+void linear_take_input(const linear_input *in, linear_args *g, int tid, int size) {
+    g->a = in->x;
+    g->lda = in->ldx;
+    if (usable_as_is(in->weight, in->x_bf16)) return;
+    g->lda = linear_operand_stride(in->weight);
+    if (is_private(in)) {
+        char *mine = in->made + input_bytes(in) * (size_t)tid;
+        linear_make_operand(in->weight, in->x, in->x_bf16, in->ldx, mine, 0, in->rows, in->rows);
+        g->a = mine;
+        return;
+    }
+    long end;
+    for (long row; (row = team_take(in->rows, 4, &end)) >= 0;)
+        linear_make_operand(in->weight, in->x, in->x_bf16, in->ldx, in->made, row, end, in->rows);
+    team_barrier(size);
+    g->a = in->made;
+}
+
 typedef struct {
-    linear_args linear;
-    const void *x;
-    long ldx;
-    int x_bf16, convert;
-    char *scratch;
-    size_t private_bytes; /* 0: one shared operand */
+    linear_args product;
+    linear_input input;
 } linear_call;
 
 static void linear_call_team(int tid, int size, void *arg) {
-    linear_call *call = arg;
-    linear_args g = call->linear;
-    if (call->convert) {
-        char *a = call->scratch + call->private_bytes * (size_t)tid;
-        if (call->private_bytes) {
-            linear_make_operand(g.weight, call->x, call->x_bf16, call->ldx, a, 0, g.rows, g.rows);
-        } else {
-            long end;
-            for (long row; (row = team_take(g.rows, 4, &end)) >= 0;)
-                linear_make_operand(g.weight, call->x, call->x_bf16, call->ldx, a, row, end, g.rows);
-            team_barrier(size);
-        }
-        g.a = a;
-        g.lda = linear_operand_stride(g.weight);
-    }
+    const linear_call *call = arg;
+    linear_args g = call->product;
+    linear_take_input(&call->input, &g, tid, size);
     linear_team(&g, tid, size);
 }
 
@@ -213,18 +224,14 @@ static void linear_call_team(int tid, int size, void *arg) {
 /* out[rows][n] = x[rows][k] times the weight (+ bias, gate); strides in elements.  0, or -1 without memory. */
 int q_linear(const linear_weight *w, const void *x, int x_bf16, long ldx, long rows, void *out, int out_bf16, long ldo) {
     linear_call call = {
-        .linear = {.weight = w, .a = x, .lda = ldx, .rows = rows, .out = out, .ldo = ldo,
-                   .out_kind = out_bf16 ? OUT_BF16 : OUT_F32, .scale = 1.0f},
-        .x = x, .ldx = ldx, .x_bf16 = x_bf16, .convert = !linear_usable_as_is(w, x_bf16),
+        .product = {.weight = w, .rows = rows, .out = out, .ldo = ldo, .out_kind = out_bf16 ? OUT_BF16 : OUT_F32,
+                    .scale = 1.0f},
+        .input = {.weight = w, .x = x, .ldx = ldx, .rows = rows, .x_bf16 = x_bf16},
     };
-    int failed = 0;
     pool_enter();
-    if (call.convert) {
-        size_t bytes = (linear_operand_bytes(w, rows) + 63) & ~(size_t)63;
-        if (rows * w->k <= PRIVATE_OPERAND) call.private_bytes = bytes;
-        call.scratch = pool_scratch(call.private_bytes ? bytes * (size_t)pool_size() : bytes);
-        failed = !call.scratch;
-    }
+    size_t bytes = linear_input_bytes(&call.input, pool_size());
+    if (bytes) call.input.made = pool_scratch(bytes);
+    int failed = bytes && !call.input.made;
     if (!failed) pool_run(linear_call_team, &call, rows * w->n * w->k);
     pool_leave();
     return -failed;

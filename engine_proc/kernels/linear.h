@@ -27,7 +27,7 @@ enum { OUT_F32 = 0, OUT_BF16 = 1, OUT_ADD_F32 = 2, OUT_BEST = 3 }; /* OUT_ADD_F3
 typedef struct {
     float value;          /* the largest result of the row so far; minus infinity before the first */
     int32_t id;           /* its column, the lowest if there are several */
-    int32_t nan;          /* the row holds a NaN */
+    int64_t nan;          /* the row holds a NaN */
 } best_token;
 
 /* Mirrored field for field by native.py; all 8 bytes wide. */
@@ -77,8 +77,20 @@ long linear_operand_stride(const linear_weight *w);
 size_t linear_operand_bytes(const linear_weight *w, long rows);
 void linear_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,
                          long rows);
-/* Whether rows of floats (or bfloat16) are their own operand. */
-int linear_usable_as_is(const linear_weight *w, int x_bf16);
+
+/* Rows of x [rows][k] on their way to be the operand of a weight: each thread makes a few for itself, which saves a
+ * barrier, more are made together. */
+typedef struct {
+    const linear_weight *weight;
+    const void *x;
+    long ldx, rows;
+    int x_bf16;
+    char *made;           /* linear_input_bytes of memory; NULL where x is an operand as it is */
+} linear_input;
+
+size_t linear_input_bytes(const linear_input *in, int size);
+/* Sets `a` and `lda` of the product; called by the whole team. */
+void linear_take_input(const linear_input *in, linear_args *g, int tid, int size);
 
 /* Row of the unpacked weight that fills column `c` of a panel, or -1 for padding. */
 long linear_source_row(const linear_weight *w, long panel, long c);

@@ -18,7 +18,7 @@ from engine_proc.kernels.api import Activation, Kernels, PackedLinear, WeightTyp
 from engine_proc.kernels.decoder import Decoder, DecoderModel
 from engine_proc.kernels.native_best import BestToken
 from engine_proc.kernels.native_decoder import NativeDecoder, check
-from engine_proc.kernels.native_linear import ACTS, HugePages, NativeLinear
+from engine_proc.kernels.native_linear import HugePages, NativeLinear
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -29,20 +29,17 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_pack_int8": (None, [_P, _P, _I, _P]),
     "q_advise_huge": (None, [_P, ctypes.c_size_t]),
     "q_best": (_I, [_P, _P, _P, _P, _L, _P, _P]),
-    "q_rms_norm": (None, [_P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _F, _F, _I, _I]),
     "q_rope_cache": (_I, [ctypes.c_char_p]),
     "q_attention": (_I, [ctypes.c_char_p]),
     "q_decoder_step": (_I, [ctypes.c_char_p, ctypes.c_char_p]),
     "q_layer_norm": (None, [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F, _I]),
     "q_packed_attention": (_I, [ctypes.c_char_p]),
     "q_int16_attention": (_I, [ctypes.c_char_p]),
-    "q_act_mul": (None, [_P, _P, _L, _L, _L, _L, _I, _I]),
     "q_mask": (None, [_P, _P, _P, _L, _L, _L, _L]),
     "q_argmax": (None, [_P, _I, _L, _L, _L, _P, _P, _P]),
-    "q_top_k": (None, [_P, _I, _L, _L, _L, _L, _P, _P, _P, _P]),
 }
 TICKS_PER_US = 2500  # of the time-stamp counter, about
-_ROPE = struct.Struct("11q3q5q2q2q2d")  # rope_args in rope.h
+_ROPE = struct.Struct("11q3q5q2q2qd")  # rope_args in rope.h
 _ATTENTION = struct.Struct("7q3q3q5q5q2d")  # attention_args in attention.h
 _PACKED_ATTENTION = struct.Struct("6q4q7qd")  # packed_attention_args in packed_attention.h
 _INT16_ATTENTION = struct.Struct("4q4q4qd")  # int16_attention_args in int16_attention.h
@@ -66,7 +63,6 @@ class NativeKernels(Kernels):
             function.restype, function.argtypes = result, arguments
         self._level = level
         self._memory = HugePages(self.library)
-        self._norm = self.library.q_rms_norm
         self._rope = self.library.q_rope_cache
         self._attend = self.library.q_attention
         self.threads = self.set_num_threads(torch.get_num_threads())
@@ -96,72 +92,6 @@ class NativeKernels(Kernels):
         """The search for the best token in `packed`, whose plain form is `weight`."""
         assert isinstance(packed, NativeLinear)
         return BestToken(self.library, self._memory, packed, weight)
-
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, out: Tensor | None = None
-    ) -> Tensor:
-        return self._rms_norm(x, None, weight, eps, offset, out)
-
-    def add_rms_norm(
-        self,
-        residual: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        eps: float,
-        *,
-        offset: float = 0.0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        assert (*x.shape,) == (*residual.shape,) and x.dtype is residual.dtype and is_supported(x)
-        return self._rms_norm(residual, x, weight, eps, offset, out)
-
-    def _rms_norm(
-        self, x: Tensor, add: Tensor | None, weight: Tensor, eps: float, offset: float, out: Tensor | None
-    ) -> Tensor:
-        rows, dim = x.shape
-        if out is None:
-            out = torch.empty((rows, dim), dtype=x.dtype)
-        assert (*weight.shape,) == (dim,) and (*out.shape,) == (rows, dim) and out.dtype is x.dtype
-        assert is_supported(x) and is_supported(weight) and is_supported(out)
-        self._norm(
-            x.data_ptr(),
-            0 if add is None else add.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            rows,
-            1,
-            dim,
-            x.stride(0),
-            0 if add is None else add.stride(0),
-            out.stride(0),
-            eps,
-            offset,
-            x.dtype is _BF16,
-            weight.dtype is _BF16,
-        )
-        return out
-
-    def head_norm(self, x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-        rows, dim, stride = x.shape[0], weight.shape[0], x.stride(0)
-        assert x.shape[1] % dim == 0 and is_supported(x) and is_supported(weight)
-        here = x.data_ptr()
-        self._norm(
-            here,
-            0,
-            weight.data_ptr(),
-            here,
-            rows,
-            x.shape[1] // dim,
-            dim,
-            stride,
-            0,
-            stride,
-            eps,
-            offset,
-            x.dtype is _BF16,
-            weight.dtype is _BF16,
-        )
-        return x
 
     def layer_norm(
         self,
@@ -286,7 +216,6 @@ class NativeKernels(Kernels):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
-        norm_offset: float = 0.0,
     ) -> None:
         kv_heads, dim = k_cache.shape[2], k_cache.shape[3]
         rows, half = q.shape[0], 0 if cos is None else cos.shape[1]
@@ -323,7 +252,6 @@ class NativeKernels(Kernels):
                 q.dtype is _BF16,
                 k_cache.dtype is _BF16,
                 eps,
-                norm_offset,
             )
         )
         check(failed, "rope_cache")
@@ -387,16 +315,6 @@ class NativeKernels(Kernels):
     def decoder(self, model: DecoderModel) -> Decoder:
         return NativeDecoder(self.library, model)
 
-    def act_mul(self, x: Tensor, act: Activation, out: Tensor | None = None) -> Tensor:
-        rows, dim = x.shape[0], x.shape[1] // 2
-        if out is None:
-            out = torch.empty((rows, dim), dtype=x.dtype)
-        assert (*out.shape,) == (rows, dim) and out.dtype is x.dtype and is_supported(x) and is_supported(out)
-        self.library.q_act_mul(
-            x.data_ptr(), out.data_ptr(), rows, dim, x.stride(0), out.stride(0), ACTS[act], x.dtype is _BF16
-        )
-        return out
-
     def mask(self, logits: Tensor, which: Tensor, allowed: Tensor) -> None:
         (rows, words), vocab = allowed.shape, logits.shape[1]
         assert is_supported(logits) and logits.dtype is torch.float32 and allowed.is_contiguous()
@@ -421,22 +339,3 @@ class NativeKernels(Kernels):
             nan.data_ptr(),
         )
         return ids, chosen, nan
-
-    def top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, vocab = logits.shape
-        assert is_supported(logits) and 0 < k <= vocab
-        values, ids = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int32)
-        logsumexp, nan = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
-        self.library.q_top_k(
-            logits.data_ptr(),
-            logits.dtype is _BF16,
-            rows,
-            vocab,
-            logits.stride(0),
-            k,
-            ids.data_ptr(),
-            values.data_ptr(),
-            logsumexp.data_ptr(),
-            nan.data_ptr(),
-        )
-        return values, ids, logsumexp, nan

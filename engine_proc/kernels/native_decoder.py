@@ -16,9 +16,9 @@ from torch import Tensor
 from engine_proc.kernels.decoder import DecoderLayer, DecoderModel, StepInput
 
 _LAYER = struct.Struct("14q3q")  # decoder_layer
-_MODEL = struct.Struct("4q9q3q4d4d")  # decoder_model
-_STEP = struct.Struct("11q5q")  # decoder_step
-TIME_KINDS = ("norms", "qkv", "rope_cache", "attention", "o", "gate_up", "down", "head")
+_MODEL = struct.Struct("3q9q3q5d")  # decoder_model
+_STEP = struct.Struct("10q5q")  # decoder_step
+TIME_KINDS = ("norms", "qkv", "rope_cache", "attention", "o", "gate_up", "down")
 _BF16 = torch.bfloat16
 
 
@@ -45,7 +45,6 @@ class NativeDecoder:
             ctypes.addressof(self._layers),
             self._keep(model.embedding.contiguous()),
             self._float(model.final_norm),
-            model.head.address if model.head is not None else 0,  # type: ignore[attr-defined]
             len(model.layers),
             *model.embedding.shape,
             model.layers[0].down.k,
@@ -57,30 +56,22 @@ class NativeDecoder:
             model.layers[0].k_cache.dtype is _BF16,
             model.qk_norm_full,
             model.eps,
-            model.norm_offset,
             model.scale,
             model.softcap,
             model.embedding_multiplier,
             model.residual_multiplier,
-            model.logit_multiplier,
-            model.logit_softcap,
         )
         self._check()
 
-    def __call__(
-        self, step: StepInput, *, logits: bool = True, hidden: bool = False
-    ) -> tuple[Tensor | None, Tensor | None]:
-        model, outs = self._model, step.out_rows.shape[0]
-        assert model.head is not None or not logits
-        scores = torch.empty(outs, model.head.n) if logits and model.head is not None else None
-        states = torch.empty(outs, self._hidden) if hidden else None
-        check(self._step(self._packed, self._pack(step, scores, states)), "decoder step")
-        return scores, states
+    def __call__(self, step: StepInput) -> Tensor:
+        hidden = torch.empty(step.out_rows.shape[0], self._hidden)
+        check(self._step(self._packed, self._pack(step, hidden)), "decoder step")
+        return hidden
 
     def bind(self, step: StepInput, hidden: Tensor) -> Callable[[], None]:
         """The step over tensors that stay where they are: reads them and writes `hidden` whenever it is called."""
         assert hidden.shape == (step.out_rows.shape[0], self._hidden) and hidden.is_contiguous()
-        call, model, packed, kept = self._step, self._packed, self._pack(step, None, hidden), (step, hidden)
+        call, model, packed, kept = self._step, self._packed, self._pack(step, hidden), (step, hidden)
 
         def run() -> None:
             assert kept
@@ -88,7 +79,7 @@ class NativeDecoder:
 
         return run
 
-    def _pack(self, step: StepInput, scores: Tensor | None, states: Tensor | None) -> bytes:
+    def _pack(self, step: StepInput, hidden: Tensor) -> bytes:
         """decoder_step; the tensors must outlive the call."""
         rows, outs = step.ids.shape[0], step.out_rows.shape[0]
         assert step.positions.shape[0] == step.slots.shape[0] == rows and step.block_tables.stride(1) == 1
@@ -110,8 +101,7 @@ class NativeDecoder:
             step.query_starts.data_ptr(),
             step.context_lens.data_ptr(),
             step.out_rows.data_ptr(),
-            0 if states is None else states.data_ptr(),
-            0 if scores is None else scores.data_ptr(),
+            hidden.data_ptr(),
             self._times_at,
             rows,
             step.context_lens.shape[0],

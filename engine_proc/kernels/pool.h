@@ -27,6 +27,18 @@ void pool_call(team_fn fn, void *arg, long work);
 /* 64-byte aligned, contents undefined, valid until pool_leave; NULL when the memory is not to be had. */
 void *pool_scratch(size_t bytes);
 
+static inline size_t align64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+/* Memory that is dealt out in pieces which share no cache line; without a base only their bytes are counted. */
+typedef struct {
+    char *base;
+    size_t used;
+} arena;
+static inline void *arena_take(arena *a, size_t bytes) {
+    char *piece = a->base ? a->base + a->used : NULL;
+    a->used += align64(bytes);
+    return piece;
+}
+
 void team_barrier(int size);
 /* Draws up to `chunk` of `total` tasks: returns the first and sets *end, or returns -1 when the phase has none left. */
 long team_take(long total, long chunk, long *end);

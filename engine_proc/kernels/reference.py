@@ -46,11 +46,11 @@ def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return (out if bias is None else out + bias.double()).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """x / rms(x) * (weight + offset) over the last dimension."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension."""
     wide = _wide(x)
     factor = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * factor * (_wide(weight) + offset)).to(x.dtype)
+    return (wide * factor * _wide(weight)).to(x.dtype)
 
 
 def act_mul(x: Tensor, act: str) -> Tensor:
@@ -134,7 +134,6 @@ def rope_cache(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
-    norm_offset: float = 0.0,
 ) -> None:
     """See `Kernels.rope_cache`."""
     kv_heads, dim = k_cache.shape[2:]
@@ -142,7 +141,7 @@ def rope_cache(
         heads = x.unflatten(1, (-1, dim))
         wide = _wide(heads)
         if norm is not None:
-            wide = rms_norm(wide, norm, eps, norm_offset)
+            wide = rms_norm(wide, norm, eps)
         if cos is not None and sin is not None:
             at = positions.long()
             wide = rotate(wide, cos[at], sin[at])
@@ -211,10 +210,3 @@ def argmax(logits: Tensor, logprobs: bool) -> tuple[Tensor, Tensor | None, Tenso
     ids = (wide == best).int().argmax(dim=-1)
     chosen = (best[:, 0] - wide.logsumexp(-1)).float() if logprobs else None
     return ids.int(), chosen, nan
-
-
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `Kernels.top_k`."""
-    wide = _wide(logits)
-    values, ids = wide.sort(dim=-1, descending=True, stable=True)
-    return values[:, :k].float(), ids[:, :k].int(), wide.logsumexp(-1).float(), wide.isnan().any(dim=-1)

@@ -12,13 +12,13 @@ INLINE void copy_row(void *to, long at, const void *from, long n, const int to_b
     if (i < n) v_store_any_n(to, at + i, v_load_any_n(from, i, (int)(n - i), from_bf16), (int)(n - i), to_bf16);
 }
 
-INLINE void heads(const rope_args *a, char *x, const void *norm, long count, long row, const int is_bf16) {
+INLINE void heads(const rope_args *a, char *x, const float *norm, long count, long row, const int is_bf16) {
     long bytes = is_bf16 ? 2 : 4, position = a->cos ? a->positions[row] : 0;
     const float *cos = a->cos + position * a->half, *sin = a->sin + position * a->half;
     for (long h = 0; h < count; h++, x += a->head_dim * bytes) {
         if (norm) { /* by way of floats, so that the head is rounded once */
             _Alignas(64) float wide[MAX_HEAD_DIM];
-            rms_norm_row(x, NULL, norm, wide, a->head_dim, (float)a->eps, (float)a->norm_offset, is_bf16, 0, 0);
+            rms_norm_row(x, norm, wide, a->head_dim, (float)a->eps, is_bf16);
             if (a->cos) rotate_head(wide, cos, sin, a->half, 0);
             copy_row(x, 0, wide, a->head_dim, is_bf16, 0);
         } else if (a->cos) {

@@ -7,32 +7,23 @@
 
 #include "simd.h"
 
-/* out[dim] = x / rms(x) * (w + offset); `add`, when given, is first added into x, which is then written back. */
-INLINE void rms_norm_row(void *x, const void *add, const void *w, void *out, long dim, float eps, float offset,
-                         int x_bf16, int w_bf16, int out_bf16) {
+/* out[dim] = x / rms(x) * w; out may be x. */
+INLINE void rms_norm_row(const void *x, const float *w, float *out, long dim, float eps, int x_bf16) {
     v16 squares = v_zero();
     for (long i = 0; i < dim; i += 16) {
-        int n = dim - i < 16 ? (int)(dim - i) : 16;
-        v16 v = v_load_any_n(x, i, n, x_bf16);
-        if (add) {
-            v = v_add(v, v_load_any_n(add, i, n, x_bf16));
-            v_store_any_n(x, i, v, n, x_bf16);
-            /* the norm is that of the stored value, as the caller will read it */
-            if (x_bf16) v = v_load_any_n(x, i, n, 1);
-        }
+        v16 v = v_load_any_n(x, i, dim - i < 16 ? (int)(dim - i) : 16, x_bf16);
         squares = v_fma(v, v, squares);
     }
-    v16 factor = v_set1(1.0f / sqrtf(v_sum(squares) / (float)dim + eps)), shift = v_set1(offset);
+    v16 factor = v_set1(1.0f / sqrtf(v_sum(squares) / (float)dim + eps));
     for (long i = 0; i < dim; i += 16) {
         int n = dim - i < 16 ? (int)(dim - i) : 16;
-        v16 v = v_load_any_n(x, i, n, x_bf16);
-        v16 g = v_load_any_n(w, i, n, w_bf16);
-        v = v_mul(v_mul(v, factor), v_add(g, shift));
-        v_store_any_n(out, i, v, n, out_bf16);
+        v16 v = v_mul(v_load_any_n(x, i, n, x_bf16), factor);
+        v_store_any_n(out, i, v_mul(v, v_load_n(w + i, n)), n, 0);
     }
 }
 
-/* out[dim] = (x - mean(x)) / deviation(x) * w + b (b may be NULL); `add` as above.  w and b are float. */
+/* out[dim] = (x - mean(x)) / deviation(x) * w + b (b may be NULL); `add`, when given, is first added into x, which is
+ * then written back: the norm is that of the stored value, as the caller will read it.  w and b are float. */
 INLINE void layer_norm_row(void *x, const void *add, const float *w, const float *b, void *out, long dim, float eps,
                            int is_bf16) {
     v16 sum = v_zero(), squares = v_zero();

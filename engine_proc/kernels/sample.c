@@ -1,14 +1,13 @@
-/* What sampling needs from rows of logits without sorting them: masks, argmax, log-sum-exp, the k largest, a NaN flag. */
+/* What sampling needs from rows of logits: masks, the best token with its log-probability, a NaN flag. */
 #include "pool.h"
 #include "simd.h"
 
 typedef struct {
     const char *logits;
-    int32_t *ids;        /* argmax: [rows]; top-k: [rows][k] */
-    float *values;       /* argmax: log-probability of the id or NULL; top-k: [rows][k] */
-    float *logsumexp;    /* [rows] or NULL */
+    int32_t *ids;        /* [rows] */
+    float *logprobs;     /* [rows], of the ids, or NULL */
     uint8_t *nan;        /* [rows] */
-    long rows, vocab, ld, k;
+    long rows, vocab, ld;
     int is_bf16;
 } logits_call;
 
@@ -50,38 +49,7 @@ INLINE void argmax_row(const logits_call *c, long r, const int is_bf16) {
         c->ids[r] = (int32_t)(i + __builtin_ctz(equal));
         break;
     }
-    if (c->values) c->values[r] = nan ? NAN : max - row_logsumexp(c, row, max, is_bf16);
-}
-
-/* A sorted list of the k largest so far; a vector is looked at lane by lane only if one of them beats the smallest. */
-INLINE void top_k_row(const logits_call *c, long r, const int is_bf16) {
-    const void *row = c->logits + r * c->ld * (is_bf16 ? 2 : 4);
-    float *best = c->values + r * c->k;
-    int32_t *ids = c->ids + r * c->k;
-    int bad = 0;
-    for (long i = 0; i < c->k; i++) {
-        best[i] = -INFINITY;
-        ids[i] = -1;
-    }
-    v16 least = v_set1(-INFINITY);
-    for (long i = 0; i < c->vocab; i += 16) {
-        v16 v = row_part(c, row, i, is_bf16);
-        bad |= v_any_nan(v);
-        for (unsigned bits = v_gt_bits(v, least); bits; bits &= bits - 1) {
-            long id = i + __builtin_ctz(bits), at = c->k - 1;
-            float value = load_scalar(row, id, is_bf16);
-            if (!(value > best[at])) continue;
-            for (; at > 0 && value > best[at - 1]; at--) {
-                best[at] = best[at - 1];
-                ids[at] = ids[at - 1];
-            }
-            best[at] = value;
-            ids[at] = (int32_t)id;
-            least = v_set1(best[c->k - 1]);
-        }
-    }
-    c->nan[r] = (uint8_t)bad;
-    if (c->logsumexp) c->logsumexp[r] = bad ? NAN : row_logsumexp(c, row, best[0], is_bf16);
+    if (c->logprobs) c->logprobs[r] = nan ? NAN : max - row_logsumexp(c, row, max, is_bf16);
 }
 
 typedef struct {
@@ -122,17 +90,6 @@ static void argmax_team(int tid, int size, void *arg) {
     team_barrier(size);
 }
 
-static void top_k_team(int tid, int size, void *arg) {
-    (void)tid;
-    logits_call *c = arg;
-    long end;
-    for (long r; (r = team_take(c->rows, 1, &end)) >= 0;) {
-        if (c->is_bf16) top_k_row(c, r, 1);
-        else top_k_row(c, r, 0);
-    }
-    team_barrier(size);
-}
-
 /* Entry points for Python.  logits[which[r]][i] becomes minus infinity where bit i of allowed[r] is clear; a row of bits has `words` words. */
 void q_mask(float *logits, const int64_t *which, const uint32_t *allowed, long rows, long vocab, long ld, long words) {
     mask_call c = {.logits = logits, .which = which, .allowed = allowed, .rows = rows, .vocab = vocab, .ld = ld,
@@ -143,15 +100,7 @@ void q_mask(float *logits, const int64_t *which, const uint32_t *allowed, long r
 /* logits[rows][vocab], rows ld apart; ties go to the lowest id; a row with NaN gets id 0. */
 void q_argmax(const void *logits, int is_bf16, long rows, long vocab, long ld, int32_t *ids, float *logprobs,
               uint8_t *nan) {
-    logits_call c = {.logits = logits, .ids = ids, .values = logprobs, .nan = nan,
+    logits_call c = {.logits = logits, .ids = ids, .logprobs = logprobs, .nan = nan,
                      .rows = rows, .vocab = vocab, .ld = ld, .is_bf16 = is_bf16};
     pool_call(argmax_team, &c, rows > 1 ? rows * vocab : 0);
-}
-
-/* ids and values[rows][k], largest first; ids are -1 where fewer than k logits exceed minus infinity. */
-void q_top_k(const void *logits, int is_bf16, long rows, long vocab, long ld, long k, int32_t *ids, float *values,
-             float *logsumexp, uint8_t *nan) {
-    logits_call c = {.logits = logits, .ids = ids, .values = values, .logsumexp = logsumexp, .nan = nan,
-                     .rows = rows, .vocab = vocab, .ld = ld, .k = k, .is_bf16 = is_bf16};
-    pool_call(top_k_team, &c, rows > 1 ? rows * vocab : 0);
 }

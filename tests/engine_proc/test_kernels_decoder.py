@@ -31,11 +31,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"bias": True},
     "qwen3": {"head_norm": True},
     "gemma2": {
-        "post_norms": True, "norm_offset": 1.0, "softcap": 30.0, "logit_softcap": 10.0, "windows": (20, 0, 20),
-        "gate": "gelu_tanh", "embedding_multiplier": 6.9,
+        "post_norms": True, "softcap": 30.0, "windows": (20, 0, 20), "gate": "gelu_tanh", "embedding_multiplier": 6.9,
     },
     "olmo2": {"full_norm": True, "post_norms": True, "pre_norms": False},
-    "granite": {"residual_multiplier": 0.3, "logit_multiplier": 0.25, "embedding_multiplier": 12.0},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 12.0},
     "phi3": {"rotary": 8, "windows": (40, 40, 40)},
     "multi-head, no rotation": {"heads": (3, 3, 16), "rotary": 0},
 }
@@ -65,7 +64,7 @@ class Weights:
         return (torch.randn(rows, columns) / columns**0.5).to(self.dtype)
 
     def vector(self, size: int) -> Tensor:
-        return (torch.rand(size) + 0.5 - self.options.get("norm_offset", 0.0)).to(self.dtype)
+        return (torch.rand(size) + 0.5).to(self.dtype)
 
     def model(self, kernels: Kernels, stored: str | None = None, cache: torch.dtype | None = None) -> DecoderModel:
         options, layers = self.options, []
@@ -92,19 +91,18 @@ class Weights:
                     window=options.get("windows", (0, 0, 0))[i],
                 )
             )
-        names = ("norm_offset", "softcap", "logit_softcap", "embedding_multiplier", "residual_multiplier")
+        names = ("softcap", "embedding_multiplier", "residual_multiplier")
         return DecoderModel(
             layers=tuple(layers),
             embedding=self.embedding,
             final_norm=self.final_norm,
-            head=kernels.linear(self.embedding, dtype=stored),
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
             eps=1e-5,
             scale=0.3,
             qk_norm_full=bool(options.get("full_norm")),
-            **{name: options[name] for name in (*names, "logit_multiplier") if name in options},
+            **{name: options[name] for name in names if name in options},
         )
 
 
@@ -150,10 +148,7 @@ def test_the_fused_step_equals_the_layers_in_float32(
     fused, layers = (k.decoder(weights.model(k)) for k in (kernels, torch_kernels))
     for ranges in STEPS:
         step = requests.step(ranges)
-        logits, hidden = fused(step, hidden=True)
-        expected = layers(step, hidden=True)
-        assert relative_error(logits, expected[0]) < 1e-5 and relative_error(hidden, expected[1]) < 1e-5
-    assert fused(step, logits=False) == (None, None)
+        assert relative_error(fused(step), layers(step)) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
@@ -168,7 +163,7 @@ def test_the_fused_step_stays_near_float32_in_small_types(
     layers = torch_kernels.decoder(exact.model(torch_kernels, "float32", torch.float32))
     for ranges in STEPS:
         step = requests.step(ranges)
-        assert relative_error(fused(step)[0], layers(step)[0]) < (0.02 if stored == "bfloat16" else 0.08)
+        assert relative_error(fused(step), layers(step)) < (0.02 if stored == "bfloat16" else 0.08)
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
@@ -177,14 +172,14 @@ def test_a_sequence_does_not_depend_on_chunks_neighbours_or_threads(kernels: Ker
     cache = torch.float32 if stored == "float32" else torch.bfloat16
     kernels.set_num_threads(1)
     decoder = kernels.decoder(weights.model(kernels, stored, cache))
-    expected, _ = decoder(requests.step({0: (0, 71), 3: (0, 301)}))
+    expected = decoder(requests.step({0: (0, 71), 3: (0, 301)}))
     for threads in (1, 2):
         kernels.set_num_threads(threads)
         decoder = kernels.decoder(weights.model(kernels, stored, cache))
         for ranges in ({3: (0, 100)}, {0: (0, 13), 1: (0, 60)}, {3: (100, 300), 0: (13, 70)}, {0: (70, 71)}):
-            last, _ = decoder(requests.step(ranges))
+            last = decoder(requests.step(ranges))
         assert torch.equal(last[0], expected[0])
-        last, _ = decoder(requests.step({3: (300, 301)}))
+        last = decoder(requests.step({3: (300, 301)}))
         assert torch.equal(last[0], expected[1])
 
 
@@ -192,12 +187,12 @@ def test_a_sequence_does_not_depend_on_chunks_neighbours_or_threads(kernels: Ker
 def test_rows_with_negative_ids_take_given_embeddings(kernels: Kernels, dtype: torch.dtype) -> None:
     weights, requests = Weights(dtype), Requests(LENGTHS)
     step = requests.step({0: (0, 20)})
-    expected, _ = kernels.decoder(weights.model(kernels))(step)
+    expected = kernels.decoder(weights.model(kernels))(step)
     embeds = weights.embedding[step.ids.long()].float()
     ids = step.ids.clone()
     ids[3:9] = -1
     given = replace(step, ids=ids, embeds=embeds)
-    assert torch.equal(kernels.decoder(weights.model(kernels))(given)[0], expected)
+    assert torch.equal(kernels.decoder(weights.model(kernels))(given), expected)
 
 
 def test_an_index_out_of_range_is_refused(kernels: Kernels) -> None:
@@ -213,17 +208,17 @@ def test_times_are_taken_by_kind_and_reset(kernels: Kernels) -> None:
     decoder = kernels.decoder(Weights(torch.float32).model(kernels))
     decoder(Requests(LENGTHS).step({3: (0, 300)}))
     times = decoder.take_times()
-    assert all(times[kind] > 0 for kind in ("qkv", "attention", "o", "gate_up", "down", "head", "norms", "rope_cache"))
+    assert all(times[kind] > 0 for kind in ("qkv", "attention", "o", "gate_up", "down", "norms", "rope_cache"))
     assert sum(decoder.take_times().values()) == 0
 
 
 def test_a_nan_stays_in_its_sequence(kernels: Kernels) -> None:
     weights, requests = Weights(torch.float32), Requests(LENGTHS)
     step = requests.step({0: (0, 20), 1: (0, 9)})
-    expected, _ = kernels.decoder(weights.model(kernels))(step)
+    expected = kernels.decoder(weights.model(kernels))(step)
     embeds = torch.zeros(29, HIDDEN)
     embeds[4, 7] = float("nan")
     ids = step.ids.clone()
     ids[4] = -1
-    logits, _ = kernels.decoder(weights.model(kernels))(replace(step, ids=ids, embeds=embeds))
-    assert logits[0].isnan().all() and torch.equal(logits[1], expected[1])
+    hidden = kernels.decoder(weights.model(kernels))(replace(step, ids=ids, embeds=embeds))
+    assert hidden[0].isnan().all() and torch.equal(hidden[1], expected[1])

@@ -69,6 +69,14 @@ def test_gated_linear_equals_linear_then_gate(kernels: Kernels, dtype: torch.dty
         close(out, reference.act_mul(wide, act), loose=not kernels.native, absolute=1e-5)
 
 
+@pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
+def test_a_gate_far_from_zero(kernels: Kernels, act: str) -> None:
+    pick = torch.eye(4)
+    layer = kernels.linear(torch.cat([pick, pick[3].expand(4, 4)]), gate=act)  # gates are the inputs, ups the last
+    out = layer(torch.tensor([[-200.0, -90.0, 200.0, 1.0]]))[0]
+    assert abs(out[0]) < 1e-30 and abs(out[1]) < 1e-30 and out[2] == 200
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("kernels", NATIVE, indirect=True, ids=str)
 def test_a_row_of_a_linear_layer_does_not_depend_on_the_others(kernels: Kernels, stored: str) -> None:

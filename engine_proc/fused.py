@@ -15,6 +15,7 @@ from engine_proc.arch import Arch
 from engine_proc.attention import PagedAttention
 from engine_proc.decoder import Decoder, ModelBatch
 from engine_proc.decoder import DecoderLayer as Layer
+from engine_proc.device import available_memory
 from engine_proc.greedy import Batch, Calls
 from engine_proc.kernels import DecoderLayer, DecoderModel, Kernels, PackedLinear, StepInput, WeightType
 from engine_proc.kernels.native import NativeKernels
@@ -24,6 +25,7 @@ from engine_proc.layers import Linear, Norm, TorchOps
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 DTYPES = (torch.bfloat16, torch.float32)
+LIGHT_PART = 16                       # of the memory that is free at the start: what light copies of weights may take
 
 
 @dataclass(slots=True)
@@ -47,20 +49,27 @@ class KernelOps(TorchOps):
 
     def __init__(self, made: Kernels, quantization: WeightType | None = None) -> None:
         self.kernels, self._quantization = made, quantization
+        self._light_left = available_memory() // LIGHT_PART
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return Packed(weight.new_empty(0), None, self.kernels.linear(weight, bias, dtype=self._quantization))
+        packed = self.kernels.linear(weight, bias, dtype=self._quantization, light=self._light(weight))
+        return Packed(weight.new_empty(0), None, packed)
 
     def pack_head(self, weight: torch.Tensor) -> Linear:
-        packed = _packed(self.pack(weight, None))
+        packed = self.kernels.linear(weight, None, dtype=self._quantization)
         best = self.kernels.best_token(packed, weight) if isinstance(self.kernels, NativeKernels) else None
         return PackedHead(weight.new_empty(0), None, packed, best)
 
     def pack_gated(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Linear:
         assert activation in ACTIVATIONS
-        packed = self.kernels.linear(weight, bias, dtype=self._quantization,
+        packed = self.kernels.linear(weight, bias, dtype=self._quantization, light=self._light(weight),
                                      gate="silu" if activation == "silu" else "gelu_tanh")
         return Packed(weight.new_empty(0), None, packed)
+
+    def _light(self, weight: torch.Tensor) -> bool:
+        """Whether there is memory for a second copy of this one."""
+        self._light_left -= weight.nbytes
+        return self._light_left >= 0
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         return _packed(layer)(x)

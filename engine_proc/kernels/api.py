@@ -63,12 +63,14 @@ class Kernels(ABC):
         dtype: WeightType | None = None,
         gate: Activation | None = None,
         post: Activation | None = None,
+        light: bool = False,
     ) -> PackedLinear:
         """Packs weight [N, K] (float32 or bfloat16; copied) with an optional bias [N].
 
         `dtype` is the stored type, by default the weight's; int8 has one scale per output and 64 inputs
         and quantises activations per row and 32 inputs. With `gate` the weight is [2n, K], n gate rows and then n up
-        rows, and the layer returns act(gate) * up, [T, n]; with `post` instead it returns post(outputs).
+        rows, and the layer returns act(gate) * up, [T, n]; with `post` instead it returns post(outputs). `light`: where it
+        pays, keep bfloat16 weights a second time in three quarters of their bytes, for steps of a few rows; the same bits.
         """
 
     @abstractmethod

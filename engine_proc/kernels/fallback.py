@@ -73,6 +73,7 @@ class TorchKernels(Kernels):
         dtype: WeightType | None = None,
         gate: Activation | None = None,
         post: Activation | None = None,
+        light: bool = False,
     ) -> PackedLinear:
         return TorchLinear(weight, bias, dtype, gate, post)
 

@@ -87,6 +87,13 @@ static void finish(const linear_args *g, long row, long rows, long panel, const 
 static void run_panel(const linear_args *g, long row, long stop, long panel, const char *following) {
     _Alignas(64) float c[TILE_ROWS * PANEL];
     size_t bytes = linear_panel_bytes(g->weight);
+#if LIGHT_ROWS
+    if (g->weight->light && stop - row <= LIGHT_ROWS) {
+        panel_light(g->weight, (const bf16_operand *)g->a + row * g->lda, g->lda, stop - row, panel, c);
+        finish(g, row, stop - row, panel, c, PANEL);
+        return;
+    }
+#endif
     const char *weights = (const char *)g->weight->panels + (size_t)panel * bytes;
     long tiles = (stop - row + TILE_ROWS - 1) / TILE_ROWS;
     for (long rows, i = 0; row < stop; row += rows, i++) {

@@ -37,6 +37,8 @@ typedef struct {
     int64_t n, k;         /* outputs (gated: of each half) and inputs */
     int64_t kind, act;    /* act != ACT_NONE: gated */
     int64_t post;         /* of a layer without a gate: the activation of its outputs */
+    const char *light;    /* bfloat16: the same panels in fewer bytes (light.c), or NULL */
+    const int64_t *light_at; /* where each begins */
 } linear_weight;
 
 typedef struct {
@@ -94,6 +96,14 @@ void linear_take_input(const linear_input *in, linear_args *g, int tid, int size
 
 /* Row of the unpacked weight that fills column `c` of a panel, or -1 for padding. */
 long linear_source_row(const linear_weight *w, long panel, long c);
+
+/* light.c */
+#if defined(__AVX512BW__)
+#define LIGHT_ROWS 4 /* more are bound by arithmetic */
+void panel_light(const linear_weight *w, const bf16_operand *a, long lda, long rows, long panel, float *c);
+#else
+#define LIGHT_ROWS 0
+#endif
 
 /* linear_int8.c */
 void panel_int8(const linear_weight *w, const void *a, long rows_total, long row, long rows, const void *panel, float *c,

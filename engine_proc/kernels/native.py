@@ -27,6 +27,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "q_linear": (_I, [_P, _P, _I, _L, _L, _P, _I, _L]),
     "q_pack": (None, [_P, _P, _I]),
     "q_pack_int8": (None, [_P, _P, _I, _P]),
+    "q_count_light": (_I, [_P, _P]),
+    "q_pack_light": (None, [_P, _P]),
     "q_advise_huge": (None, [_P, ctypes.c_size_t]),
     "q_best": (_I, [_P, _P, _P, _P, _L, _P, _P]),
     "q_rope_cache": (_I, [ctypes.c_char_p]),
@@ -85,8 +87,9 @@ class NativeKernels(Kernels):
         dtype: WeightType | None = None,
         gate: Activation | None = None,
         post: Activation | None = None,
+        light: bool = False,
     ) -> PackedLinear:
-        return NativeLinear(self.library, self._memory, weight, bias, dtype, gate, post)
+        return NativeLinear(self.library, self._memory, weight, bias, dtype, gate, post, light=light)
 
     def best_token(self, packed: PackedLinear, weight: Tensor) -> BestToken:
         """The search for the best token in `packed`, whose plain form is `weight`."""

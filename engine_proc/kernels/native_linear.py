@@ -19,7 +19,8 @@ ACTS: dict[str | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3, "r
 _PANEL = 32  # outputs of a panel (tile.h)
 _KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 _PACK_MULTIPLE = {"float32": 1, "bfloat16": 2, "int8": 64}
-_WEIGHT = struct.Struct("2q5q")  # linear_weight in linear.h
+WORTH = 0.85  # of the bytes: a light copy that is larger is not read faster by enough
+_WEIGHT = struct.Struct("2q5q2q")  # linear_weight in linear.h
 
 
 class NativeLinear(PackedLinear):
@@ -35,8 +36,9 @@ class NativeLinear(PackedLinear):
         gate: Activation | None,
         post: Activation | None,
         bounds: Tensor | None = None,
+        light: bool = False,
     ) -> None:
-        """`bounds` [rows] of an int8 layer without a gate are filled; see best.c."""
+        """`bounds` [rows] of an int8 layer without a gate are filled; see best.c. `light`: also the copy of light.c."""
         assert not (gate and post) and (bounds is None or (dtype == "int8" and not gate))
         assert weight.dim() == 2 and is_supported(weight)
         weight = weight.detach().contiguous()
@@ -51,17 +53,16 @@ class NativeLinear(PackedLinear):
         self._panels = memory.empty((panels * inputs * _PANEL,), storage)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         assert self._bias is None or self._bias.shape == (rows,)
-        self._struct = ctypes.create_string_buffer(
-            _WEIGHT.pack(
-                self._panels.data_ptr(),
-                0 if self._bias is None else self._bias.data_ptr(),
-                self.n,
-                self.k,
-                _KINDS[stored],
-                ACTS[gate],
-                ACTS[post],
-            )
+        fields = (
+            self._panels.data_ptr(),
+            0 if self._bias is None else self._bias.data_ptr(),
+            self.n,
+            self.k,
+            _KINDS[stored],
+            ACTS[gate],
+            ACTS[post],
         )
+        self._struct = ctypes.create_string_buffer(_WEIGHT.pack(*fields, 0, 0))
         self.address = ctypes.addressof(self._struct)  # of the C struct, for the fused decoder
         self._q_linear = library.q_linear
         source = (self.address, weight.data_ptr(), weight.dtype is torch.bfloat16)
@@ -70,6 +71,18 @@ class NativeLinear(PackedLinear):
         else:
             library.q_pack(*source)
         self.nbytes = self._panels.nbytes
+        if light and stored == "bfloat16":
+            self._make_light(library, memory, fields, panels)
+
+    def _make_light(self, library: ctypes.CDLL, memory: HugePages, fields: tuple[int, ...], panels: int) -> None:
+        """The copy in fewer bytes of light.c, where the processor and the weights are such that it pays."""
+        sizes = torch.zeros(panels, dtype=torch.int64)
+        if not library.q_count_light(self.address, sizes.data_ptr()) or sizes.sum() > WORTH * self._panels.nbytes:
+            return
+        self._light_at = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+        self._light = memory.empty((int(sizes.sum()),), torch.uint8)
+        _WEIGHT.pack_into(self._struct, 0, *fields, self._light.data_ptr(), self._light_at.data_ptr())
+        library.q_pack_light(self.address, self._light.data_ptr())
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         rows, inputs = x.shape

@@ -89,18 +89,6 @@ const wide_f32_fn wide_f32[WIDE_ROWS + 1] = {0,          wide_f32_1, wide_f32_2,
 
 #if BF16_DOT
 
-#ifdef QUARTET_EMULATE_BF16_DOT
-/* For tests on a processor without the instruction: the same data flow, products rounded as two fused steps. */
-INLINE v16 dot_pairs(v16 acc, v16 x, v16 w) {
-    acc = v_fma(v_pair_odd(x), v_pair_odd(w), acc);
-    return v_fma(v_pair_even(x), v_pair_even(w), acc);
-}
-#else
-INLINE v16 dot_pairs(v16 acc, v16 x, v16 w) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(x), (__m512bh)_mm512_castps_si512(w));
-}
-#endif
-
 INLINE void panel_bf16_body(const int rows, const void *a, long lda, const bf16 *panel, long k, float *c, ahead next) {
     v16 acc[TILE_ROWS][2];
     const float *w = (const float *)panel; /* pairs, as 32-bit lanes */

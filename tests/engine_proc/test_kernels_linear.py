@@ -69,6 +69,20 @@ def test_gated_linear_equals_linear_then_gate(kernels: Kernels, dtype: torch.dty
         close(out, reference.act_mul(wide, act), loose=not kernels.native, absolute=1e-5)
 
 
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("shape", [(64, 64), (100, 35), (33, 577)], ids=str)
+def test_a_light_copy_gives_the_same_bits(kernels: Kernels, shape: tuple[int, int], gate: str | None) -> None:
+    """Weights of many sizes: groups with an exponent that is not among the frequent ones are kept whole."""
+    n, k = shape
+    weight = randn(n * (2 if gate else 1), k) * 0.05
+    weight[0, 0], weight[1, 1], weight[2, 2], weight[3, 3] = 3e4, 0.0, 1e-40, -1e-20
+    weight[4] *= 1e-6
+    plain, light = (kernels.linear(weight.bfloat16(), gate=gate, light=light) for light in (False, True))
+    for rows in (1, 2, 3, 4, 5, 13):
+        x = randn(rows, k)
+        assert torch.equal(light(x, poisoned(rows, n)), plain(x))
+
+
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 def test_a_gate_far_from_zero(kernels: Kernels, act: str) -> None:
     pick = torch.eye(4)

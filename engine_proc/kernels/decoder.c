@@ -13,7 +13,7 @@
 #include "rope.h"
 #include "rows.h"
 
-#define PRIVATE_ROWS 4096 /* elements of a row phase that every thread does for itself */
+#define PRIVATE_ELEMENTS 4096 /* of a row phase that every thread does for itself */
 
 typedef struct {
     const decoder_model *m;
@@ -25,8 +25,8 @@ typedef struct {
     float *residual, *normed;     /* [rows][hidden]; normed: scratch of post-norms */
     float *qkv;                   /* [rows][(q_heads + 2 kv_heads) * head_dim] */
     float *wide;                  /* results on their way to an int8 operand */
-    char *operand, *private_operand;
-    char *inner_operand;
+    char *operand, *inner_operand;
+    char *private_operand;        /* [threads][private_bytes] */
     float *row;                   /* [threads][hidden] */
     size_t private_bytes;
 } decoder_call;
@@ -54,13 +54,17 @@ static void norm_row(const decoder_model *m, const float *x, const float *norm, 
     rms_norm_row(x, norm, out, dim, (float)m->eps, 0);
 }
 
+/* Whether every thread makes the operand for itself, in private_operand_of. */
+static int is_private(const decoder_step *s, const linear_weight *next) { return s->rows * next->k <= PRIVATE_ELEMENTS; }
+static char *private_operand_of(const worker *w) { return w->c->private_operand + w->c->private_bytes * (size_t)w->tid; }
+
 /* The residual, normed, as the operand of `next`, which is returned. */
 static void *norm_rows(worker *w, const float *norm, const linear_weight *next) {
     decoder_call *c = w->c;
     const decoder_model *m = c->m;
     long rows = c->s->rows;
-    int alone = rows * m->hidden <= PRIVATE_ROWS;
-    char *operand = alone ? c->private_operand + c->private_bytes * (size_t)w->tid : c->operand;
+    int alone = is_private(c->s, next);
+    char *operand = alone ? private_operand_of(w) : c->operand;
     float *row = c->row + m->hidden * w->tid;
     long end, r = 0;
     for (;;) {
@@ -78,13 +82,21 @@ static void *norm_rows(worker *w, const float *norm, const linear_weight *next) 
     return operand;
 }
 
-/* int8 operands need whole rows: made from plain floats [rows][k]. */
-static void quantize_rows(worker *w, const linear_weight *next, void *operand) {
+/* The operand of `next`, which wants whole rows where it is int8: those are made of plain floats [rows][k], in `wide`, and
+ * the others are in `operand` already. */
+static void *whole_rows(worker *w, const linear_weight *next, char *operand) {
     long rows = w->c->s->rows, end;
-    for (long r; (r = team_take(rows, team_chunk(rows, w->size), &end)) >= 0;)
-        linear_make_operand(next, w->c->wide, 0, next->k, operand, r, end, rows);
-    team_barrier(w->size);
+    if (next->kind != WEIGHT_INT8) return operand;
+    if (is_private(w->c->s, next)) {
+        operand = private_operand_of(w);
+        linear_make_operand(next, w->c->wide, 0, next->k, operand, 0, rows, rows);
+    } else {
+        for (long r; (r = team_take(rows, team_chunk(rows, w->size), &end)) >= 0;)
+            linear_make_operand(next, w->c->wide, 0, next->k, operand, r, end, rows);
+        team_barrier(w->size);
+    }
     lap(w, TIME_ROWS);
+    return operand;
 }
 
 static void product(worker *w, const linear_weight *weight, const void *a, void *out, long ldo, int kind, int time) {
@@ -187,7 +199,7 @@ static void attend(worker *w, const decoder_layer *layer) {
     plan.args = &args;
     attention_team(&plan, w->tid, w->size);
     lap(w, TIME_ATTENTION);
-    if (quantized) quantize_rows(w, layer->o, c->operand);
+    join(w, layer->o, whole_rows(w, layer->o, c->operand), layer->attention_post, TIME_O);
 }
 
 static void mlp(worker *w, const decoder_layer *layer) {
@@ -198,8 +210,7 @@ static void mlp(worker *w, const decoder_layer *layer) {
     product(w, layer->gate_up, a, quantized ? (void *)c->wide : c->inner_operand,
             quantized ? c->m->inner : linear_operand_stride(down),
             down->kind == WEIGHT_BF16 && BF16_DOT ? OUT_BF16 : OUT_F32, TIME_GATE_UP);
-    if (quantized) quantize_rows(w, down, c->inner_operand);
-    join(w, down, c->inner_operand, layer->mlp_post, TIME_DOWN);
+    join(w, down, whole_rows(w, down, c->inner_operand), layer->mlp_post, TIME_DOWN);
 }
 
 /* The wanted rows after the last norm. */
@@ -222,7 +233,6 @@ static void step_team(int tid, int size, void *arg) {
         void *a = norm_rows(&w, layer->input_norm, layer->qkv);
         product(&w, layer->qkv, a, w.c->qkv, width, OUT_F32, TIME_QKV);
         attend(&w, layer);
-        join(&w, layer->o, w.c->operand, layer->attention_post, TIME_O);
         mlp(&w, layer);
     }
     finish(&w);
@@ -237,14 +247,14 @@ static size_t lay_out(decoder_call *c, char *base, int size) {
     size_t rows = (size_t)c->s->rows, hidden = (size_t)m->hidden;
     size_t width = (size_t)((m->q_heads + 2 * m->kv_heads) * m->head_dim), q = (size_t)(m->q_heads * m->head_dim);
     size_t operand = 0, inner = 0, private = 0;
-    long private_rows = PRIVATE_ROWS / m->hidden;
     for (const decoder_layer *l = m->layers, *end = l + m->layer_count; l < end; l++) {
         operand = most(operand, linear_operand_bytes(l->qkv, c->s->rows));
         operand = most(operand, linear_operand_bytes(l->o, c->s->rows));
         operand = most(operand, linear_operand_bytes(l->gate_up, c->s->rows));
         inner = most(inner, linear_operand_bytes(l->down, c->s->rows));
-        private = most(private, linear_operand_bytes(l->qkv, private_rows));
-        private = most(private, linear_operand_bytes(l->gate_up, private_rows));
+        const linear_weight *each[] = {l->qkv, l->o, l->gate_up, l->down};
+        for (int i = 0; i < 4; i++)
+            if (is_private(c->s, each[i])) private = most(private, linear_operand_bytes(each[i], c->s->rows));
     }
     c->private_bytes = align64(private);
     c->residual = arena_take(&a, rows * hidden * 4);

@@ -31,14 +31,9 @@ static void panel_product(const linear_args *g, long row, long rows, const char 
     }
 }
 
-static void put(const linear_args *g, long row, long col, v16 v, int n) {
-    long at = row * g->ldo + col;
-    if (g->out_kind == OUT_ADD_F32) {
-        v16 old = v_load_any_n(g->out, at, n, 0);
-        v = v_fma(v, v_set1(g->scale), old);
-    }
-    int is_bf16 = g->out_kind == OUT_BF16;
-    v_store_any_n(g->out, at, v, n, is_bf16);
+INLINE void put(const linear_args *g, long at, v16 v, int n, const int kind) {
+    if (kind == OUT_ADD_F32) v = v_fma(v, v_set1(g->scale), v_load_any_n(g->out, at, n, 0));
+    v_store_any_n(g->out, at, v, n, kind == OUT_BF16);
 }
 
 /* Compares 16 results of a row with its best so far; a thread sees the columns in ascending order. */
@@ -54,31 +49,56 @@ INLINE void keep_best(best_token *best, v16 v, long col, int n) {
     }
 }
 
+/* 16 columns from `col` on of rows that have a gate. */
+INLINE void finish_gated(const linear_args *g, long row, long rows, long col, int n, const float *c, long ldc, const int kind,
+                         const int act) {
+    const float *bias = g->weight->bias;
+    v16 of_gate = bias ? v_load_n(bias + col, n) : v_zero(), of_up = bias ? v_load_n(bias + g->weight->n + col, n) : v_zero();
+    for (long r = 0; r < rows; r++, c += ldc) {
+        v16 gate = v_load(c), up = v_load(c + 16);
+        if (bias) {
+            gate = v_add(gate, of_gate);
+            up = v_add(up, of_up);
+        }
+        put(g, (row + r) * g->ldo + col, v_mul(v_activate(gate, act), up), n, kind);
+    }
+}
+
+/* The same without one. */
+INLINE void finish_plain(const linear_args *g, long row, long rows, long col, int n, const float *c, long ldc,
+                         const int kind) {
+    const linear_weight *w = g->weight;
+    for (long r = 0; r < rows; r++, c += ldc) {
+        v16 v = v_load(c);
+        if (w->bias) v = v_add(v, v_load_n(w->bias + col, n));
+        if (w->post) v = v_activate(v, w->post);
+        if (kind == OUT_BEST) keep_best((best_token *)g->out + row + r, v, col, n);
+        else put(g, (row + r) * g->ldo + col, v, n, kind);
+    }
+}
+
+INLINE void finish_as(const linear_args *g, long row, long rows, long panel, const float *c, long ldc, const int kind) {
+    const linear_weight *w = g->weight;
+    if (w->act) {
+        long col = panel * 16;
+        int n = w->n - col < 16 ? (int)(w->n - col) : 16;
+        if (w->act == ACT_SILU && n == 16) finish_gated(g, row, rows, col, 16, c, ldc, kind, ACT_SILU);
+        else finish_gated(g, row, rows, col, n, c, ldc, kind, (int)w->act);
+        return;
+    }
+    for (long col = panel * PANEL, j = 0; j < 2 && col < w->n; j++, col += 16, c += 16) {
+        if (w->n - col >= 16) finish_plain(g, row, rows, col, 16, c, ldc, kind);
+        else finish_plain(g, row, rows, col, (int)(w->n - col), c, ldc, kind);
+    }
+}
+
 /* Bias, gate and store of a finished tile, whose rows are `ldc` floats apart. */
 static void finish(const linear_args *g, long row, long rows, long panel, const float *c, long ldc) {
-    const linear_weight *w = g->weight;
-    long width = w->act ? 16 : PANEL;
-    for (long r = 0; r < rows; r++, c += ldc) {
-        if (w->act) {
-            long col = panel * width;
-            int n = w->n - col < 16 ? (int)(w->n - col) : 16;
-            v16 gate = v_load(c), up = v_load(c + 16);
-            if (w->bias) {
-                gate = v_add(gate, v_load_n(w->bias + col, n));
-                up = v_add(up, v_load_n(w->bias + w->n + col, n));
-            }
-            gate = v_activate(gate, w->act);
-            put(g, row + r, col, v_mul(gate, up), n);
-            continue;
-        }
-        for (long col = panel * width, j = 0; j < 2 && col < w->n; j++, col += 16) {
-            int n = w->n - col < 16 ? (int)(w->n - col) : 16;
-            v16 v = v_load(c + 16 * j);
-            if (w->bias) v = v_add(v, v_load_n(w->bias + col, n));
-            if (w->post) v = v_activate(v, w->post);
-            if (g->out_kind == OUT_BEST) keep_best((best_token *)g->out + row + r, v, col, n);
-            else put(g, row + r, col, v, n);
-        }
+    switch (g->out_kind) {
+    case OUT_F32: finish_as(g, row, rows, panel, c, ldc, OUT_F32); break;
+    case OUT_BF16: finish_as(g, row, rows, panel, c, ldc, OUT_BF16); break;
+    case OUT_ADD_F32: finish_as(g, row, rows, panel, c, ldc, OUT_ADD_F32); break;
+    default: finish_as(g, row, rows, panel, c, ldc, OUT_BEST);
     }
 }
 

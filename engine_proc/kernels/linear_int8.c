@@ -24,29 +24,26 @@ size_t int8_panel_bytes(long k) { return (size_t)(int8_stride(k) / W_GROUP * GRO
 
 /* One group of x: bytes, scale and the accumulator's start.  A NaN or infinity makes the scale NaN, and so the row. */
 INLINE void quantize_group(const void *x, long at, long k, const int x_bf16, int8_t *out, float *scale, int32_t *start) {
-    _Alignas(64) float v[X_GROUP];
-    v16 most = v_zero();
-    int bad = 0;
-    for (int j = 0; j < X_GROUP; j += 16) {
-        long n = k - at - j < 16 ? k - at - j : 16;
-        v16 t = n <= 0 ? v_zero() : v_load_any_n(x, at + j, (int)n, x_bf16);
-        v_store(v + j, t);
-        most = v_max(v_max(most, v_sub(v_zero(), t)), t);
-        bad |= v_any_nan(t);
+    v16 v[2];
+    for (int j = 0; j < 2; j++) {
+        long left = k - at - 16 * j;
+        v[j] = left <= 0 ? v_zero() : v_load_any_n(x, at + 16 * j, left < 16 ? (int)left : 16, x_bf16);
     }
-    float unit = bad ? NAN : v_hmax(most) / 127.0f;
+    v16 largest = v_max(v_max(v[0], v_sub(v_zero(), v[0])), v_max(v[1], v_sub(v_zero(), v[1])));
+    int bad = v_any_nan(v[0]) | v_any_nan(v[1]);
+    float unit = bad ? NAN : v_hmax(largest) / 127.0f;
     float inverse = unit > 0 && unit < INFINITY ? 1.0f / unit : 0.0f;
-    inverse = inverse < INFINITY ? inverse : 0.0f; /* a denormal group counts as zero */
-    int32_t sum = 0;
-    for (int j = 0; j < X_GROUP; j += 16)
-        v_store(v + j, inverse > 0 ? v_round(v_mul(v_load(v + j), v_set1(inverse))) : v_zero());
-    for (int j = 0; j < X_GROUP; j++) {
-        int32_t i = (int32_t)v[j];
-        out[j] = (int8_t)i;
-        sum += i;
+    if (inverse > 0 && inverse < INFINITY) {
+        for (int j = 0; j < 2; j++) {
+            v[j] = v_round(v_mul(v[j], v_set1(inverse)));
+            v_store_int8(out + 16 * j, v[j]);
+        }
+        *start = -128 * (int32_t)v_sum(v_add(v[0], v[1])); /* of small integers: exact */
+    } else { /* a denormal group counts as zero */
+        memset(out, 0, X_GROUP);
+        *start = 0;
     }
     *scale = unit < INFINITY ? unit : NAN;
-    *start = -128 * sum;
 }
 
 void int8_make_operand(const linear_weight *w, const void *x, int x_bf16, long ldx, void *a, long from, long to,

@@ -20,6 +20,7 @@
 #define WORTH_A_TEAM 16384 /* below, waking a thread costs more than it saves */
 #define ALIGNED _Alignas(64)
 #define PATIENCE_TICKS 50000000ul /* at a barrier before a thread sleeps: 20 ms, for its company lost its processor */
+#define BETWEEN_TICKS 3000000ul   /* the same between two jobs: 1 ms, longer than from one step to the next */
 
 static struct {
     ALIGNED atomic_uint job;      /* rises by one for each pool_run */
@@ -96,7 +97,7 @@ static void *worker(void *id) {
     ignore_denormals();
     unsigned seen = 0;
     for (;;) {
-        wait_while(&pool.job, seen, 0); /* between two steps the processor is the other stages' */
+        wait_while(&pool.job, seen, BETWEEN_TICKS);
         seen++;
         if (pool.quit) return NULL;
         pool.fn(tid, pool.size, pool.arg);

@@ -123,6 +123,13 @@ INLINE void v_store_bf16_n(bf16 *p, v16 v, int n) {
     memcpy(p, t, 2 * (size_t)n);
 }
 
+/* Of values that are whole numbers. */
+INLINE void v_store_int8(int8_t *p, v16 v) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
 /* Of 16 bfloat16 pairs (32 values): the even or the odd members as floats. */
 #define V_EVEN8(x) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16))
 #define V_ODD8(x) _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32((int)0xffff0000)))

@@ -62,6 +62,11 @@ INLINE __m256i v_narrow(v16 v) {
 INLINE void v_store_bf16(bf16 *p, v16 v) { _mm256_storeu_si256((__m256i *)p, v_narrow(v)); }
 INLINE void v_store_bf16_n(bf16 *p, v16 v, int n) { _mm256_mask_storeu_epi16(p, v_first(n), v_narrow(v)); }
 
+/* Of values that are whole numbers. */
+INLINE void v_store_int8(int8_t *p, v16 v) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
 /* Of 16 bfloat16 pairs (32 values): the even or the odd members as floats. */
 INLINE v16 v_pair_even(v16 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
 INLINE v16 v_pair_odd(v16 pairs) {

@@ -5,7 +5,7 @@
  * A weight [n][k] is cut into panels of 32 outputs, each one sequential stream that a thread reads from end to end:
  *   WEIGHT_F32   float    [panel][k][32]
  *   WEIGHT_BF16  bfloat16 [panel][k/2][32][2]            (k padded to even with a zero)
- *   WEIGHT_INT8  groups of 64 of k: uint8 [16][32][4], float scale [32]; see linear_int8.c
+ *   WEIGHT_INT8  groups of 64 of k: uint8 [16][32][4], bfloat16 scale [32]; see linear_int8.c
  * A gated weight [2n][k] (rows: n gates, then n ups) puts 16 gates and their 16 ups into one panel, so that the product
  * ends with act(gate) * up in registers and only n columns are ever written.
  */

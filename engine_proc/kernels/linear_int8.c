@@ -6,7 +6,7 @@
  * Weights are stored plus 128 as unsigned bytes, the operand order vpdpbusd wants; every group's integer sum then holds
  * 128 * sum(x) too much, which depends on the row only and is taken off by starting the accumulator at its negative.
  *
- * Panel: for each 64 of k (padded with zeros) uint8 [16][32 columns][4], then float scale[32]: still one stream.
+ * Panel: for each 64 of k (padded with zeros) uint8 [16][32 columns][4], then bfloat16 scale[32]: still one stream.
  * Operand: for each row int8 [k], then for all rows float scale [k / 32], then int32 start [k / 32].
  */
 #include "linear.h"
@@ -14,7 +14,7 @@
 #define X_GROUP 32
 #define W_GROUP 64
 #define INT8_ROWS 6 /* 6 rows x 2 registers x (integer + float accumulators) = 24 of 32 */
-#define GROUP_BYTES (W_GROUP * PANEL + 4 * PANEL)
+#define GROUP_BYTES (W_GROUP * PANEL + 2 * PANEL)
 
 long int8_stride(long k) { return (k + W_GROUP - 1) / W_GROUP * W_GROUP; }
 
@@ -79,7 +79,7 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
         __m512i sum[INT8_ROWS][2];
         UNROLL for (int r = 0; r < rows; r++)
             sum[r][0] = sum[r][1] = _mm512_set1_epi32(starts[r * groups + g]);
-        const float *unit = (const float *)(w + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
+        const bf16 *unit = (const bf16 *)(w + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
         for (int i = 0; i < X_GROUP; i += 4, w += 4 * PANEL) {
             ask_ahead(&next);
             __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
@@ -91,8 +91,8 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
                 sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], w1, x);
             }
         }
-        w += g & 1 ? 4 * PANEL : 0; /* over the scales of a finished weight group */
-        __m512 unit0 = _mm512_loadu_ps(unit), unit1 = _mm512_loadu_ps(unit + 16);
+        w += g & 1 ? 2 * PANEL : 0; /* over the scales of a finished weight group */
+        v16 unit0 = v_load_bf16(unit), unit1 = v_load_bf16(unit + 16);
         UNROLL for (int r = 0; r < rows; r++) {
             __m512 s = _mm512_set1_ps(scales[r * groups + g]);
             acc[r][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), s), unit0, acc[r][0]);
@@ -127,17 +127,19 @@ INLINE void tile_body(const int rows, const int8_t *a, long stride, const float 
         for (long g = 0; g < groups; g++) {
             __m256i sum[4];
             for (int q = 0; q < 4; q++) sum[q] = _mm256_set1_epi32(starts[r * groups + g]);
-            const float *unit = (const float *)(p + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
+            const bf16 *unit = (const bf16 *)(p + (g & 1 ? X_GROUP : W_GROUP) * PANEL);
             for (int i = 0; i < X_GROUP; i += 4, p += 4 * PANEL) {
                 int32_t four;
                 memcpy(&four, a + r * stride + g * X_GROUP + i, 4);
                 for (int q = 0; q < 4; q++)
                     sum[q] = dot4(sum[q], _mm256_loadu_si256((const __m256i *)(p + 32 * q)), four);
             }
-            p += g & 1 ? 4 * PANEL : 0;
+            p += g & 1 ? 2 * PANEL : 0;
+            _Alignas(64) float units[PANEL];
+            for (int q = 0; q < PANEL; q += 16) v_store(units + q, v_load_bf16(unit + q));
             __m256 s = _mm256_set1_ps(scales[r * groups + g]);
             for (int q = 0; q < 4; q++)
-                acc[q] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[q]), s), _mm256_loadu_ps(unit + 8 * q),
+                acc[q] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[q]), s), _mm256_load_ps(units + 8 * q),
                                          acc[q]);
         }
         for (int q = 0; q < 4; q++) _mm256_storeu_ps(c + r * PANEL + 8 * q, acc[q]);
@@ -184,6 +186,15 @@ typedef struct {
     double length, off;
 } pack_error;
 
+/* The next bfloat16 that is not smaller; of positive numbers. */
+static float round_up(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0xffff) & 0xffff0000;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static void pack_group(const pack_call *p, long row, long column, long at, uint8_t *out, pack_error *error) {
     const linear_weight *w = p->w;
     _Alignas(64) float v[W_GROUP], q[W_GROUP];
@@ -194,13 +205,13 @@ static void pack_group(const pack_call *p, long row, long column, long at, uint8
         v_store(v + i, t);
         largest = v_max(v_max(largest, t), v_sub(v_zero(), t));
     }
-    float most = v_hmax(largest), inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-    float unit = inverse > 0 ? most / 127.0f : 0.0f;
+    float most = v_hmax(largest), unit = most > 1e-30f && most < INFINITY ? round_up(most / 127.0f) : 0.0f;
+    float inverse = unit > 0 ? 1.0f / unit : 0.0f;
     for (long i = 0; i < W_GROUP; i += 16) v_store(q + i, v_round(v_mul(v_load(v + i), v_set1(inverse))));
     uint8_t bytes[W_GROUP];
     for (long i = 0; i < W_GROUP; i++) bytes[i] = (uint8_t)((int32_t)q[i] + 128);
     for (long i = 0; i < W_GROUP; i += 4) memcpy(out + i * PANEL + column * 4, bytes + i, 4);
-    ((float *)(out + W_GROUP * PANEL))[column] = unit;
+    ((bf16 *)(out + W_GROUP * PANEL))[column] = float_to_bf16(unit);
     if (!error) return;
     if (unit > 0) { /* in units, or the squares would leave float32's range */
         v16 length = v_zero(), off = v_zero(), per_unit = v_set1(1.0f / unit);
@@ -244,7 +255,7 @@ static void pack_team(int tid, int size, void *arg) {
 }
 
 /* Entry point for Python: quantises src[n][k] (gated: [2n][k]; float or bfloat16, finite) into w->panels, of
- * panels * (k padded to 64) * 34 bytes.  bounds[n], or NULL: see best.c; not finite where src is not. */
+ * panels * (k padded to 64) * 33 bytes.  bounds[n], or NULL: see best.c; not finite where src is not. */
 void q_pack_int8(const linear_weight *w, const void *src, int src_bf16, float *bounds) {
     pack_call p = {.src = src, .src_bf16 = src_bf16, .w = w, .bounds = bounds};
     pool_call(pack_team, &p, POOL_ALWAYS);

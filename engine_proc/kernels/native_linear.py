@@ -48,7 +48,7 @@ class NativeLinear(PackedLinear):
         self.n = rows // 2 if gate else rows
         panels = -(-self.n // (_PANEL // 2 if gate else _PANEL))
         inputs = -(-self.k // _PACK_MULTIPLE[stored]) * _PACK_MULTIPLE[stored]
-        inputs += inputs // 64 * 4 if stored == "int8" else 0  # a float scale per 64 bytes
+        inputs += inputs // 64 * 2 if stored == "int8" else 0  # a bfloat16 scale per 64 bytes
         storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[stored]
         self._panels = memory.empty((panels * inputs * _PANEL,), storage)
         self._bias = None if bias is None else bias.detach().float().contiguous()

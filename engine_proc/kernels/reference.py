@@ -22,19 +22,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
 
 
-def quantize(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, size: int, narrow: bool = False) -> tuple[Tensor, Tensor]:
     """x [T, K] -> integers (as float32) [T, G, size] and float32 scales [T, G]: symmetric groups of `size` values of K.
 
-    K is padded with zeros to whole groups of 64.
+    K is padded with zeros to whole groups of 64. `narrow`: the scales are bfloat16 numbers, rounded up.
     """
     groups = F.pad(x.float(), (0, -x.shape[1] % INT8_WEIGHTS)).unflatten(1, (-1, size))
     scales = groups.abs().amax(dim=2) / 127
+    if narrow:
+        scales = ((scales.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
     return (groups * torch.where(scales > 0, 1 / scales, 0.0)[..., None]).round(), scales
 
 
 def dequantized(weight: Tensor) -> Tensor:
     """weight [N, K] -> float32 [N, K] as the int8 layer sees it."""
-    values, scales = quantize(weight, INT8_WEIGHTS)
+    values, scales = quantize(weight, INT8_WEIGHTS, narrow=True)
     return (values * scales[..., None]).flatten(1)[:, : weight.shape[1]]
 
 

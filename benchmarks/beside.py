@@ -11,7 +11,7 @@ import multiprocessing.sharedctypes
 import sys
 import time
 
-from benchmarks.compare import free_port, server
+from benchmarks.compare import Side, free_port
 from benchmarks.embed import BATCH, Caller, texts
 from benchmarks.load import level
 from benchmarks.load import parser as load_parser
@@ -43,7 +43,7 @@ def main() -> None:
                "--rounds", str(args.rounds)]
     spawn = multiprocessing.get_context("spawn")
     done = spawn.Value("L", 0)
-    with server(command, port, {}, 300):
+    with Side("ours", command, {}, True, port).running(300):
         while True:                                      # both models must be there
             try:
                 Caller(port).embed(["ready?"], "e")

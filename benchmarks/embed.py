@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 
-from benchmarks.compare import free_port, server
+from benchmarks.compare import Side
 from benchmarks.load import prompt
 
 BATCH, SHORTEST, LONGEST = 32, 20, 200
@@ -171,8 +171,9 @@ def main() -> None:
     for name, command in (("Quartet", ours), ("peer", shlex.split(args.peer))):
         if not command:
             continue
-        port = free_port()
-        with server([part.replace("{port}", str(port)) for part in command], port, {}, args.limit) as ready_s:
+        side = Side(name, command, {}, name == "Quartet")
+        port = side.port
+        with side.running(args.limit) as ready_s:
             print(f"{name}: ready in {ready_s:.1f} s", flush=True)
             vectors[name] = Caller(port).embed(texts(5, 1))[0]
             if name == "Quartet" and args.sentence_transformers:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.compare import free_port, server
+from benchmarks.compare import Side, free_port
 from pipeline.client import AsyncClient
 
 STAGES = {"frontend": "frontend", "tokenizer_proc": "tokenizer", "engine_proc": "engine", "detok_proc": "detokenizer"}
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, frontends: int) -> None:
         command = [sys.executable, "-m", "pipeline", "serve", "--null-engine", "count", "--served-model-name", "null",
                    "--port", str(port), "--frontends", str(frontends), "--zmq-endpoint", endpoint, "--max-num-seqs",
                    str(args.streams), "--null-step", str(args.step), "--num-kv-blocks", "20000"]
-        with server(command, port, {"XDG_RUNTIME_DIR": root}, 60):
+        with Side("ours", command, {"XDG_RUNTIME_DIR": root}, True, port).running(60):
             before, start = cpu_seconds(root), time.perf_counter()
             subprocess.run([sys.executable, "-m", "benchmarks.load", "--url", f"http://127.0.0.1:{port}", "--model", "null",
                             "--streams", str(args.streams), "--rounds", str(args.rounds), "--tokens", str(args.tokens),

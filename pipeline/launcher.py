@@ -36,7 +36,7 @@ QUICK_GRACE_S = 1.5                          # where nothing is worth waiting fo
 ABORT_GRACE_S = 5.0                          # for the stack dump of a hung stage
 TICK_MS = 1000
 BLIND_TICK_MS = 100                          # where the kernel gives no pidfds
-POOLING_NICE = 10                            # embeddings wait for chats where both want the processor
+POOLING_NICE = 5                             # embeddings wait for chats, but a chat without pause leaves them a quarter
 STOOD_STILL_NS = 3 * S                       # a turn of our own loop that took longer: we were stopped ourselves
 
 
